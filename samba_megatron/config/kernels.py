@@ -1,0 +1,24 @@
+"""Which implementation computes what; ``auto`` picks the best that this machine has."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class KernelsConfig:
+    """Each choice is printed at start; a forced one that cannot run is refused by name."""
+
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Linears, norms and attention: Transformer Engine, or plain torch (runs on a CPU)."""
+
+    selective_scan: str = "auto"
+    """Backend of the Mamba-1 selective scan."""
+
+    causal_conv1d: str = "auto"
+    """Backend of the depthwise causal convolution."""
+
+    windowed_attention: str = "auto"
+    """Backend of attention in the ``local`` implementation."""
+
+    cross_entropy: Literal["auto", "megatron", "transformer_engine"] = "auto"
+    """Vocabulary-parallel cross-entropy: megatron-core's, or Transformer Engine's fused one."""

@@ -1,0 +1,85 @@
+"""Rules of number formats and implementations: what needs a GPU, and the shapes FP8 needs."""
+
+from collections.abc import Iterator
+
+from samba_megatron.config.rules.situation import Situation, nearest_multiples
+
+
+def needs_gpu(situation: Situation) -> Iterator[str]:
+    """Implementations that run on a GPU only are not forced elsewhere."""
+    if situation.device_type == "cuda":
+        return
+    config = situation.config
+    chosen = {
+        "kernels.transformer_impl": config.kernels.transformer_impl,
+        "kernels.cross_entropy": config.kernels.cross_entropy,
+        "optimizer.adam_impl": config.optimizer.adam_impl,
+    }
+    for name, value in chosen.items():
+        if value in ("transformer_engine", "apex"):
+            yield f"{name} {value} needs an NVIDIA GPU, and there is none: use auto"
+    if config.precision.fp8 is not None:
+        yield (
+            f"precision.fp8 {config.precision.fp8} needs an NVIDIA GPU with FP8 units, and there "
+            "is none: unset it (null)"
+        )
+
+
+def fp8_implementation(situation: Situation) -> Iterator[str]:
+    """FP8 exists in the Transformer Engine linears only."""
+    config = situation.config
+    if config.precision.fp8 is not None and config.kernels.transformer_impl == "local":
+        yield (
+            f"precision.fp8 {config.precision.fp8} needs Transformer Engine, and "
+            "kernels.transformer_impl is local: use auto or transformer_engine"
+        )
+
+
+def _matrix_sizes(situation: Situation) -> dict[str, int]:
+    """Rows and columns, a tensor-parallel rank's part, of the matrices that FP8 multiplies."""
+    model = situation.config.model
+    tensor = situation.config.parallel.tensor_model_parallel_size
+    sizes = {"model.hidden_size": model.hidden_size}
+    if "M" in situation.layers:
+        sizes["the Mamba width (model.expand × model.hidden_size)"] = model.d_inner // tensor
+    if "-" in situation.layers:
+        sizes["model.ffn_hidden_size"] = model.ffn_hidden_size // tensor
+    if situation.has_attention:
+        queries = model.num_attention_heads * model.head_dim
+        rows = queries + 2 * model.kv_heads * model.head_dim
+        sizes["query width (model.num_attention_heads × kv_channels)"] = queries // tensor
+        sizes["query, key and value width"] = rows // tensor
+    return sizes
+
+
+def fp8_shapes(situation: Situation) -> Iterator[str]:
+    """Both sides of every FP8 matrix, and the tokens of a micro-batch, fill whole blocks."""
+    config = situation.config
+    if config.precision.fp8 is None:
+        return
+    # MXFP8 scales blocks of 32 values along either side; the others need cuBLAS's alignment.
+    block = 32 if config.precision.fp8_recipe == "mxfp8" else 16
+    tensor = config.parallel.tensor_model_parallel_size
+    part = f" a rank of tensor_model_parallel_size {tensor}" if tensor > 1 else ""
+    for name, size in _matrix_sizes(situation).items():
+        if size % block:
+            yield (
+                f"precision.fp8 needs matrix sizes in multiples of {block}, and {name} is "
+                f"{size}{part}: use {nearest_multiples(size, block)}"
+            )
+    lengths = {"data.sequence_length": [config.data.sequence_length]}
+    lengths["validation.sequence_lengths"] = config.validation.sequence_lengths
+    split = tensor if config.parallel.sequence_parallel else 1
+    for name, values in lengths.items():
+        for length in values:
+            step = block * split
+            if length * config.training.micro_batch_size % step:
+                yield (
+                    f"precision.fp8 needs the tokens of a micro-batch in multiples of {step}, and "
+                    f"{name} {length} × training.micro_batch_size "
+                    f"{config.training.micro_batch_size} is not: use "
+                    f"{nearest_multiples(length, step)}"
+                )
+
+
+RULES = (needs_gpu, fp8_implementation, fp8_shapes)

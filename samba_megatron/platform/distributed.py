@@ -1,0 +1,164 @@
+"""The process's place among the others: device, process groups, small collectives.
+
+One path for NCCL on GPUs and gloo on a CPU; started by torchrun, by srun (the launch script sets
+the same variables), or alone.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from samba_megatron.platform.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from samba_megatron.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where this process stands, as the launcher says it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @staticmethod
+    def from_environment() -> "Rank":
+        """Reads torchrun's variables; a process without them is a world of one."""
+
+        def read(name: str, default: int) -> int:
+            value = os.environ.get(name, str(default))
+            try:
+                return int(value)
+            except ValueError:
+                raise UserError(
+                    f"environment variable {name} is {value!r}, not a number: start with torchrun"
+                ) from None
+
+        world_size = read("WORLD_SIZE", 1)
+        local_world_size = read("LOCAL_WORLD_SIZE", world_size)
+        return Rank(read("RANK", 0), world_size, read("LOCAL_RANK", 0), local_world_size)
+
+
+def device_type() -> str:
+    """``"cuda"`` where this process has a GPU, else ``"cpu"``."""
+    import torch
+
+    from samba_megatron.platform import cpu_shim
+
+    return "cuda" if torch.cuda.is_available() and not cpu_shim.is_installed() else "cpu"
+
+
+def device() -> "torch.device":
+    """The device that this process computes on."""
+    import torch
+
+    if device_type() == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def available_devices() -> tuple[str, int | None]:
+    """(device type, GPUs of this machine); on a CPU any number of processes may share it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.device_count()
+    return "cpu", None
+
+
+def initialize(parallel: "ParallelConfig") -> Rank:
+    """Joins the world (once) and builds megatron's process groups for a layout.
+
+    May be called again after :func:`leave_layout`, with another layout.
+
+    Raises:
+        UserError: if the machine has fewer GPUs than local ranks.
+    """
+    import torch
+
+    from samba_megatron.platform import cpu_shim, noise
+
+    with noise.quiet_imports():
+        on_cpu = cpu_shim.install()
+        noise.import_megatron()
+    rank = Rank.from_environment()
+    if not on_cpu:
+        if rank.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {rank.local_rank} has no GPU: this machine has "
+                f"{torch.cuda.device_count()}; start at most that many processes "
+                "(torchrun --nproc-per-node)",
+                rank_specific=True,
+            )
+        torch.cuda.set_device(rank.local_rank)
+    if not torch.distributed.is_initialized():
+        _set_single_process_defaults()
+        torch.distributed.init_process_group(
+            backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+            world_size=rank.world_size,
+            rank=rank.rank,
+            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+            device_id=None if on_cpu else torch.device("cuda", rank.local_rank),
+        )
+    _initialize_megatron_groups(parallel)
+    return rank
+
+
+def _set_single_process_defaults() -> None:
+    if "MASTER_ADDR" not in os.environ:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def _initialize_megatron_groups(parallel: "ParallelConfig") -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=int(parallel.distributed_timeout_minutes),
+        create_gloo_process_groups=device_type() == "cuda",
+    )
+
+
+def process_groups() -> "ProcessGroupCollection":
+    """Megatron's process groups of this process."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on any rank; every rank must call it."""
+    import torch
+
+    value = torch.tensor([int(flag)], dtype=torch.int32, device=device())
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def leave_layout() -> None:
+    """Destroys megatron's process groups; the world stays."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Leaves the world; what follows may use no collective."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        leave_layout()
+        torch.distributed.destroy_process_group()
