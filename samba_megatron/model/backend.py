@@ -1,0 +1,86 @@
+"""The layer backends: which class is a linear, a norm, an attention. One choice, in one place."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from samba_megatron.platform.errors import UserError
+
+Implementation = Literal["transformer_engine", "local"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The modules that layer specs are made of."""
+
+    name: Implementation
+    norm_column_linear: Any
+    """Column-parallel linear; Transformer Engine's has the layer's norm in it."""
+    row_linear: Any
+    """Row-parallel linear."""
+    layer_norm: Any
+    """The norm before a layer where the linear does not contain it, else the identity."""
+    final_norm: Any
+    """The norm after the last layer."""
+    core_attention: Any
+    """Softmax attention of given q, k and v."""
+
+    def fused_norm_keys(self, linear: str, norm: str) -> dict[str, str]:
+        """Checkpoint keys: a norm inside ``linear`` is saved as if it stood alone as ``norm``."""
+        if self.name == "local":
+            return {}
+        return {f"{linear}.layer_norm_": f"{norm}."}
+
+
+def choose_implementation(
+    wanted: Literal["auto", "transformer_engine", "local"], device_type: str
+) -> Implementation:
+    """Resolves ``kernels.transformer_impl`` for this machine.
+
+    Raises:
+        UserError: if Transformer Engine is demanded where it cannot run.
+    """
+    installed = find_spec("transformer_engine") is not None
+    if wanted == "auto":
+        return "transformer_engine" if installed and device_type == "cuda" else "local"
+    if wanted == "transformer_engine" and not (installed and device_type == "cuda"):
+        why = "there is no GPU" if device_type != "cuda" else "it is not installed (make setup-gpu)"
+        raise UserError(
+            f"kernels.transformer_impl is transformer_engine, but {why}: use auto or local"
+        )
+    return wanted
+
+
+def build_backend(implementation: Implementation) -> Backend:
+    """The backend's modules; imports what it needs."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    if implementation == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import (
+            TEDotProductAttention,
+            TELayerNormColumnParallelLinear,
+            TENorm,
+            TERowParallelLinear,
+        )
+
+        return Backend(
+            name="transformer_engine",
+            norm_column_linear=TELayerNormColumnParallelLinear,
+            row_linear=TERowParallelLinear,
+            layer_norm=IdentityOp,
+            final_norm=TENorm,
+            core_attention=TEDotProductAttention,
+        )
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    from samba_megatron.model.layers.attention_modules import LocalCoreAttention
+    from samba_megatron.model.layers.norm import RMSNorm
+
+    return Backend(
+        name="local",
+        norm_column_linear=ColumnParallelLinear,
+        row_linear=RowParallelLinear,
+        layer_norm=RMSNorm,
+        final_norm=RMSNorm,
+        core_attention=LocalCoreAttention,
+    )

@@ -1,0 +1,48 @@
+"""Our variants of megatron's hybrid host classes."""
+
+from typing import Any
+
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+from samba_megatron.config.pattern import layer_symbols
+from samba_megatron.model.backend import Backend
+from samba_megatron.model.layers import KINDS
+from samba_megatron.model.transformer_config import SambaTransformerConfig
+
+
+def stack_submodules(backend: Backend) -> HybridStackSubmodules:
+    """The specs of all layer kinds over one backend, as megatron's hybrid stack takes them."""
+    return HybridStackSubmodules(
+        mamba_layer=KINDS["M"].spec(backend),
+        attention_layer=KINDS["*"].spec(backend),
+        mlp_layer=KINDS["-"].spec(backend),
+    )
+
+
+class SambaStack(HybridStack):
+    """megatron's stack with the backend's final norm (megatron's own demands Transformer Engine).
+
+    The arguments are HybridStack's; ``final_norm`` is the norm's class.
+    """
+
+    def __init__(self, *args: Any, final_norm: Any, **kwargs: Any) -> None:
+        super().__init__(*args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = True
+        if self.post_process:
+            self.final_norm = final_norm(
+                config=self.config,
+                hidden_size=self.config.hidden_size,
+                eps=self.config.layernorm_epsilon,
+            )
+
+
+class SambaModel(HybridModel):
+    """megatron's hybrid language model; knows the letters of all its layers."""
+
+    config: SambaTransformerConfig
+
+    @property
+    def layer_symbols(self) -> str:
+        """Letters of the whole model's layers, in order."""
+        return layer_symbols(self.config.model.hybrid_layer_pattern)

@@ -1,0 +1,105 @@
+"""The attention layers: in the window (``*``) and without one (``F``).
+
+The modules of the local backend and the short convolution are in
+:mod:`samba_megatron.model.layers.attention_modules`.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from samba_megatron.config import ModelConfig
+from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
+from samba_megatron.model.layers.base import linear_flops
+
+if TYPE_CHECKING:
+    from samba_megatron.model.backend import Backend
+
+
+class WindowedAttentionKind:
+    """Causal grouped-query attention in a sliding window (Samba, section 2)."""
+
+    symbol = "*"
+    name = "attention"
+
+    def window(self, model: ModelConfig) -> int | None:
+        """Keys a query sees, itself included; None: all."""
+        return model.window_size
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Query, key, value and output matrices, the short convolutions, and the norm."""
+        d = model.hidden_size
+        heads, groups = model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
+        taps = (heads + 2 * groups) * model.d_conv if model.short_convolution else 0
+        return 2 * d * heads + 2 * d * groups + taps + d
+
+    def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
+        """Projections, and scores and values over the keys that a query sees on average."""
+        d = model.hidden_size
+        heads, groups = model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
+        projections = linear_flops(d, heads + 2 * groups) + linear_flops(heads, d)
+        taps = 2 * (heads + 2 * groups) * model.d_conv if model.short_convolution else 0
+        return projections + taps + 4 * heads * self.mean_keys(model, sequence_length)
+
+    def mean_keys(self, model: ModelConfig, sequence_length: int) -> float:
+        """Mean over positions of the keys seen: min(position, window)."""
+        window = min(self.window(model) or sequence_length, sequence_length)
+        return (window * (window + 1) / 2 + window * (sequence_length - window)) / sequence_length
+
+    def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
+        """Kaiming-uniform; the output matrix scaled by the root of the residual branches."""
+        scale = 1 / math.sqrt(num_layers)
+        taps = uniform(1 / math.sqrt(model.d_conv))
+        return {
+            "norm.weight": constant(1.0),
+            "self_attention.linear_qkv.weight": linear_uniform(model.hidden_size),
+            "self_attention.linear_proj.weight": linear_uniform(
+                model.num_attention_heads * model.head_dim, scale
+            ),
+            **{f"self_attention.{n}_conv1d.weight": taps for n in ("q", "k", "v")},
+        }
+
+    def spec(self, backend: "Backend") -> Any:
+        """megatron's TransformerLayer without an MLP, as its hybrid models have it."""
+        from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+        from megatron.core.transformer.attention import SelfAttentionSubmodules
+        from megatron.core.transformer.enums import AttnMaskType
+        from megatron.core.transformer.spec_utils import ModuleSpec
+        from megatron.core.transformer.transformer_layer import (
+            TransformerLayer,
+            TransformerLayerSubmodules,
+        )
+
+        from samba_megatron.model.layers.attention_modules import SambaSelfAttention
+
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=backend.layer_norm,
+                self_attention=ModuleSpec(
+                    module=SambaSelfAttention,
+                    params={"attn_mask_type": AttnMaskType.causal},
+                    submodules=SelfAttentionSubmodules(
+                        linear_qkv=backend.norm_column_linear,
+                        core_attention=backend.core_attention,
+                        linear_proj=backend.row_linear,
+                    ),
+                ),
+                self_attn_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map=backend.fused_norm_keys(
+                    "self_attention.linear_qkv", "input_layernorm"
+                ),
+            ),
+        )
+
+
+class FullAttentionKind(WindowedAttentionKind):
+    """Causal attention over the whole sequence (Llama-2 baselines, chosen blocks of ablations).
+
+    Megatron has one attention letter: the window of each layer is set in the config."""
+
+    symbol = "F"
+    name = "full attention"
+
+    def window(self, model: ModelConfig) -> int | None:
+        """All keys."""
+        return None

@@ -1,0 +1,43 @@
+"""What a layer kind must say of itself."""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from samba_megatron.config import ModelConfig
+
+if TYPE_CHECKING:
+    from samba_megatron.model.backend import Backend
+    from samba_megatron.model.initialization import Initializer
+
+
+class LayerKind(Protocol):
+    """One letter of the layer pattern. Counts are of the whole layer, unsplit, norm included.
+
+    Nothing here imports torch or megatron until :meth:`spec` or :meth:`initializers` is called:
+    planners and checks read the numbers for free.
+    """
+
+    symbol: str
+    name: str
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Trainable numbers of one layer."""
+        ...
+
+    def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
+        """Floating-point operations of the forward pass of one layer, a token of a sequence of
+        ``sequence_length``; a multiply-add counts two. The backward pass does twice as many."""
+        ...
+
+    def spec(self, backend: "Backend") -> Any:
+        """The Megatron layer spec (``ModuleSpec``) over the backend's modules."""
+        ...
+
+    def initializers(self, model: ModelConfig, num_layers: int) -> "dict[str, Initializer]":
+        """Initial values by parameter name within the layer; ``num_layers`` is the number of
+        residual branches, by whose root the branches' last matrices are scaled down."""
+        ...
+
+
+def linear_flops(rows: int, columns: int) -> int:
+    """Forward operations of one token times a [rows, columns] matrix."""
+    return 2 * rows * columns

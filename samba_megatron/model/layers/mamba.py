@@ -1,0 +1,99 @@
+"""The Mamba-1 layer (``M``): its numbers, initial values and Megatron spec.
+
+The module itself is in :mod:`samba_megatron.model.layers.mamba_mixer`.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from samba_megatron.config import ModelConfig
+from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
+from samba_megatron.model.layers.base import linear_flops
+
+if TYPE_CHECKING:
+    import torch
+
+    from samba_megatron.model.backend import Backend
+
+
+class MambaKind:
+    """Selective state space layer (Mamba, arXiv 2312.00752, sections 3.2-3.5)."""
+
+    symbol = "M"
+    name = "mamba"
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Projections, convolution, A_log, D, dt_bias, and the norm."""
+        d, e, r, n = model.hidden_size, model.d_inner, model.resolved_dt_rank, model.d_state
+        projections = 2 * d * e + e * (r + 2 * n) + r * e + e * d
+        return projections + e * (model.d_conv + 1) + e * n + e + e + d
+
+    def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
+        """Matrix products, convolution, scan, gate: linear in the sequence, so constant a token.
+
+        The scan takes, per channel and state, an exponential's product (1), the input's product
+        (2), the update (2) and the output's product (2): 7 E N; and D·u and the gate: 4 E.
+        """
+        d, e, r, n = model.hidden_size, model.d_inner, model.resolved_dt_rank, model.d_state
+        products = linear_flops(d, 2 * e) + linear_flops(e, r + 2 * n) + linear_flops(r, e)
+        return products + linear_flops(e, d) + 2 * e * model.d_conv + 7 * e * n + 4 * e
+
+    def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
+        """Mamba's own values: S4D-real A, unit D, log-uniform step sizes."""
+        scale = 1 / math.sqrt(num_layers)
+        return {
+            "norm.weight": constant(1.0),
+            "mixer.in_proj.weight": linear_uniform(model.hidden_size),
+            "mixer.conv1d.weight": uniform(1 / math.sqrt(model.d_conv)),
+            "mixer.conv1d.bias": uniform(1 / math.sqrt(model.d_conv)),
+            "mixer.x_proj.weight": linear_uniform(model.d_inner),
+            "mixer.dt_proj.weight": uniform(model.resolved_dt_rank**-0.5),
+            "mixer.dt_proj.bias": _inverse_softplus_of_log_uniform(model),
+            "mixer.A_log": _log_of_one_to_n,
+            "mixer.D": constant(1.0),
+            "mixer.out_proj.weight": linear_uniform(model.d_inner, scale),
+        }
+
+    def spec(self, backend: "Backend") -> Any:
+        """megatron's MambaLayer around our Mamba-1 mixer (megatron's own is Mamba-2 only)."""
+        from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+        from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+        from megatron.core.transformer.spec_utils import ModuleSpec
+
+        from samba_megatron.model.layers.mamba_mixer import MambaMixer, MambaMixerSubmodules
+
+        return ModuleSpec(
+            module=MambaLayer,
+            submodules=MambaLayerSubmodules(
+                norm=backend.layer_norm,
+                mixer=ModuleSpec(
+                    module=MambaMixer,
+                    submodules=MambaMixerSubmodules(
+                        in_proj=backend.norm_column_linear, out_proj=backend.row_linear
+                    ),
+                ),
+                mamba_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map=backend.fused_norm_keys("mixer.in_proj", "norm"),
+            ),
+        )
+
+
+def _log_of_one_to_n(tensor: "torch.Tensor", generator: "torch.Generator") -> None:
+    """A_log [E, N]: log(1 … N) in every row (S4D-real)."""
+    import torch
+
+    tensor.copy_(torch.log(torch.arange(1, tensor.shape[1] + 1, dtype=torch.float32)))
+
+
+def _inverse_softplus_of_log_uniform(model: ModelConfig) -> Initializer:
+    """dt_bias [E] whose softplus is log-uniform in [dt_min, dt_max], at least dt_init_floor."""
+
+    def fill(tensor: "torch.Tensor", generator: "torch.Generator") -> None:
+        import torch
+
+        low, high = math.log(model.dt_min), math.log(model.dt_max)
+        dt = torch.exp(tensor.uniform_(low, high, generator=generator))
+        dt = dt.clamp(min=model.dt_init_floor)
+        tensor.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    return fill

@@ -1,0 +1,62 @@
+"""The SwiGLU MLP layer (``-``): x + down(silu(gate(norm x)) * up(norm x))."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from samba_megatron.config import ModelConfig
+from samba_megatron.model.initialization import Initializer, constant, linear_uniform
+from samba_megatron.model.layers.base import linear_flops
+
+if TYPE_CHECKING:
+    from samba_megatron.model.backend import Backend
+
+
+class MLPKind:
+    """SwiGLU (arXiv 2002.05202) without biases, as in the Samba paper, section 2."""
+
+    symbol = "-"
+    name = "mlp"
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Gate, up and down matrices, and the norm."""
+        return 3 * model.hidden_size * model.ffn_hidden_size + model.hidden_size
+
+    def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
+        """Three matrix products."""
+        return 3 * linear_flops(model.hidden_size, model.ffn_hidden_size)
+
+    def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
+        """Kaiming-uniform; the last matrix scaled by the root of the residual branches."""
+        scale = 1 / math.sqrt(num_layers)
+        return {
+            "norm.weight": constant(1.0),
+            "mlp.linear_fc1.weight": linear_uniform(model.hidden_size),
+            "mlp.linear_fc2.weight": linear_uniform(model.ffn_hidden_size, scale),
+        }
+
+    def spec(self, backend: "Backend") -> Any:
+        """megatron's MLPLayer; a fused norm is saved under the unfused one's key."""
+        from functools import partial
+
+        from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+        from megatron.core.ssm.mlp_layer import MLPLayer
+        from megatron.core.transformer.mlp import MLP, MLPSubmodules
+        from megatron.core.transformer.spec_utils import ModuleSpec
+        from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+        return ModuleSpec(
+            module=MLPLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=backend.layer_norm,
+                mlp=partial(
+                    MLP.as_mlp_submodule,
+                    submodules=MLPSubmodules(
+                        linear_fc1=backend.norm_column_linear, linear_fc2=backend.row_linear
+                    ),
+                ),
+                mlp_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map=backend.fused_norm_keys(
+                    "mlp.linear_fc1", "pre_mlp_layernorm"
+                ),
+            ),
+        )

@@ -1,0 +1,24 @@
+"""All operations at once: what could run on this machine, and what did."""
+
+from samba_megatron.ops.causal_conv1d.dispatch import CAUSAL_CONV1D
+from samba_megatron.ops.registry import BackendDescription, Operation
+from samba_megatron.ops.selective_scan.dispatch import SELECTIVE_SCAN
+from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
+
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation for operation in (SELECTIVE_SCAN, CAUSAL_CONV1D, WINDOWED_ATTENTION)
+}
+"""Every operation by its name."""
+
+
+def describe_backends() -> dict[str, dict[str, BackendDescription]]:
+    """For each operation and backend: whether it can run on this machine, if not why, its limits.
+
+    Backends come in order of preference. Looking imports the kernel packages that are present.
+    """
+    return {name: operation.describe() for name, operation in OPERATIONS.items()}
+
+
+def last_backends() -> dict[str, str | None]:
+    """The backend that each operation's latest call ran on; None for one not called yet."""
+    return {name: operation.last_backend for name, operation in OPERATIONS.items()}

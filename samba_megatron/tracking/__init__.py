@@ -1,0 +1,1 @@
+"""What a run says about itself: the metrics file first, everything else from it."""

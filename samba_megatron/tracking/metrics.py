@@ -1,0 +1,87 @@
+"""``metrics.jsonl``: one JSON object a line, written before anything else hears of it.
+
+Kinds: ``start`` (layout, kernels, sizes), ``train`` (one a step), ``validation`` (one a context
+length), ``checkpoint`` (one a published save), ``end`` (reason and exit code). A resumed run
+appends; steps that a killed run had done after its last checkpoint appear again: readers take
+the last line of a step (:func:`read_metrics` does).
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends to a run's metrics file; a line is on its way to the disk when the call returns."""
+
+    def __init__(self, run_dir: Path) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / FILE_NAME
+        _end_last_line(self.path)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, kind: str, **values: Any) -> dict[str, Any]:
+        """Appends one object and returns it; non-finite numbers become null (JSON has none)."""
+        record = {"kind": kind, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+        return record
+
+    def close(self) -> None:
+        """Forces everything to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The objects of a metrics file in order, each step (and context length) once: the last.
+
+    A line that a killed run left half-written is skipped.
+    """
+    last: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, record in enumerate(_records(path)):
+        if kind is not None and record["kind"] != kind:
+            continue
+        key = (record["kind"], record.get("step"), record.get("sequence_length"))
+        if record["kind"] not in ("train", "validation"):
+            key = (*key, number)
+        last.pop(key, None)
+        last[key] = record
+    return list(last.values())
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict) and "kind" in record:
+                yield record
+
+
+def _end_last_line(path: Path) -> None:
+    """A killed run may have left half a line: the next object must not be glued to it."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

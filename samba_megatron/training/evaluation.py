@@ -1,0 +1,99 @@
+"""Held-out loss inside the loop, at several context lengths."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from samba_megatron.config import RunConfig
+from samba_megatron.data.held_out import held_out_blocks
+from samba_megatron.data.stream import Batch, SampleDataset, evaluation_batches
+from samba_megatron.training.step import mean_loss, needs_data, run_schedule
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss at one context length."""
+
+    sequence_length: int
+    loss: float
+    """Mean cross-entropy a token, nats."""
+    tokens: int
+    """Held-out tokens scored."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+class Evaluator:
+    """Scores fixed blocks of held-out text; the same tokens every time.
+
+    Args:
+        config: the run's configuration. Lengths are ``validation.sequence_lengths``.
+        split_dataset: validation samples of a ``data.split`` run, which are scored at the training
+            length where there is no ``data.valid_data_path``.
+    """
+
+    def __init__(self, config: RunConfig, split_dataset: SampleDataset | None) -> None:
+        self._config = config
+        self._datasets: dict[int, SampleDataset] = {}
+        validation, data = config.validation, config.data
+        if not data.valid_data_path:
+            if split_dataset is not None:
+                self._datasets[data.sequence_length] = split_dataset
+            return
+        for length in validation.sequence_lengths or [data.sequence_length]:
+            blocks = max(validation.eval_tokens // length, 1)
+            self._datasets[length] = held_out_blocks(
+                _prefixes(data.valid_data_path), length, blocks
+            )
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is anything to score."""
+        return bool(self._datasets)
+
+    def evaluate(self, chunks: Sequence[Any]) -> list[Evaluation]:
+        """Scores every length. Every rank calls it; the results are the same on all."""
+        for chunk in chunks:
+            chunk.eval()
+        with torch.no_grad():
+            results = [self._score(chunks, length) for length in self._datasets]
+        for chunk in chunks:
+            chunk.train()
+        return results
+
+    def _score(self, chunks: Sequence[Any], length: int) -> Evaluation:
+        dataset = self._datasets[length]
+        micro_batch_size = self._micro_batch_size(length)
+        batches: list[Batch | None] = list(
+            evaluation_batches(
+                dataset,
+                micro_batch_size,
+                parallel_state.get_data_parallel_rank(),
+                parallel_state.get_data_parallel_world_size(),
+            )
+        )
+        if not needs_data():
+            batches = [None] * len(batches)
+        iterators = [iter(batches) for _ in chunks]
+        reports = run_schedule(
+            chunks, iterators, len(batches), length, micro_batch_size, forward_only=True
+        )
+        return Evaluation(length, mean_loss(reports).item(), len(dataset) * length)
+
+    def _micro_batch_size(self, length: int) -> int:
+        """As many sequences as hold a training micro-batch's tokens, at least one."""
+        tokens = self._config.training.micro_batch_size * self._config.data.sequence_length
+        return max(tokens // length, 1)
+
+
+def _prefixes(paths: Sequence[str]) -> list[str]:
+    from samba_megatron.data.blend import parse_blend
+
+    return parse_blend(list(paths), "valid_data_path").prefixes

@@ -1,0 +1,171 @@
+"""Figures about a run: what it is at the start, how fast each step was."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from samba_megatron.config import RunConfig
+from samba_megatron.model.samba import count_parameters, describe_model, flops_per_token
+from samba_megatron.platform import distributed, hardware
+from samba_megatron.training.setup import Run
+
+_PACKAGES = (
+    "samba-megatron",
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "mamba-ssm",
+    "causal-conv1d",
+    "flash-attn",
+)
+
+
+class Rates:
+    """Turns tokens and seconds into tokens/s, TFLOP/s and utilisation.
+
+    Model FLOPs only (no recomputation), from the layers themselves, so attention counts the keys
+    inside its window; MFU is against the bf16 peak whatever the precision, the second figure
+    against the peak of the precision used.
+    """
+
+    def __init__(self, config: RunConfig, world_size: int) -> None:
+        parallel = config.parallel
+        model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        self.data_parallel_size = world_size // model_parallel
+        self._devices = world_size
+        self._flops = flops_per_token(config.model, config.data.sequence_length).model
+        name = hardware.device_name()
+        self._bf16_peak = hardware.peak_flops(name, "bf16")
+        self._used_peak = (
+            hardware.peak_flops(name, "fp8") if config.precision.fp8 else self._bf16_peak
+        )
+        self.smoothed_tokens_per_second = 1.0
+        self._first = True
+
+    def of_step(self, tokens: int, seconds: float) -> dict[str, float | None]:
+        """tokens/s of the whole run, model TFLOP/s a device, MFU (None where the peak is not
+        known)."""
+        rate = tokens / seconds
+        self._smooth(rate)
+        flops = rate * self._flops / self._devices
+        return {
+            "tokens_per_second": round(rate, 1),
+            "tflops_per_device": round(flops / 1e12, 3),
+            "mfu": round(flops / self._bf16_peak, 4) if self._bf16_peak else None,
+            "mfu_of_precision": round(flops / self._used_peak, 4) if self._used_peak else None,
+        }
+
+    def _smooth(self, rate: float) -> None:
+        """A moving mean of about ten steps; the first step's warm-up is forgotten."""
+        weight = 1.0 if self._first else 0.1
+        self.smoothed_tokens_per_second += weight * (rate - self.smoothed_tokens_per_second)
+        self._first = False
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """What a run says of itself before the first step."""
+
+    tables: list[tuple[str, list[tuple[str, str]]]]
+    values: dict[str, Any]
+
+
+def start_record(run: Run) -> StartRecord:
+    """Model, layout, kernels, versions and the times of the set-up's phases."""
+    config = run.config
+    parallel = config.parallel
+    layout = {
+        "world_size": run.rank.world_size,
+        "data_parallel_size": Rates(config, run.rank.world_size).data_parallel_size,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "recompute": parallel.recompute_granularity,
+    }
+    kernels = chosen_kernels(run)
+    versions = {name: found for name in _PACKAGES if (found := _version(name))}
+    phases = {name: round(seconds, 2) for name, seconds in run.phases.items()}
+    values = {
+        "device": hardware.device_name(),
+        "node": platform.node(),
+        "parameters": count_parameters(config.model),
+        "layout": layout,
+        "kernels": kernels,
+        "versions": versions,
+        "phases": phases,
+        "run": {"steps": run.length.steps, "tokens": run.length.tokens, "resumed": run.resumed},
+    }
+    tables = [
+        ("model", describe_model(config)),
+        ("layout", [(name, str(value)) for name, value in layout.items()]),
+        ("kernels", list(kernels.items())),
+        ("start-up seconds", [(name, str(value)) for name, value in phases.items()]),
+        ("run", _run_rows(run, values["device"])),
+    ]
+    return StartRecord(tables, values)
+
+
+def _run_rows(run: Run, device: str) -> list[tuple[str, str]]:
+    return [
+        ("device", device),
+        ("steps", f"{run.length.steps:,}"),
+        ("tokens", f"{run.length.tokens:,}"),
+        ("folder", str(run.run_dir)),
+    ]
+
+
+def chosen_kernels(run: Run) -> dict[str, str]:
+    """Which implementation computes what in this run."""
+    from samba_megatron.model.transformer_config import params_dtype
+    from samba_megatron.training.optimizer import adam_implementation
+
+    config, precision = run.config, run.config.precision
+    kernels = {
+        "transformer_impl": run.implementation,
+        "params_dtype": str(params_dtype(config)).removeprefix("torch."),
+        "fp8": f"{precision.fp8} ({precision.fp8_recipe})" if precision.fp8 else "off",
+        "adam": adam_implementation(),
+        "collectives": "nccl" if distributed.device_type() == "cuda" else "gloo",
+    }
+    return kernels | _op_backends(config, run.implementation)
+
+
+def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
+    """The kernels that the dispatch takes for this run's tensors; a forced one that cannot serve
+    them is refused here, before the first step."""
+    from samba_megatron.model.transformer_config import params_dtype
+    from samba_megatron.ops.causal_conv1d.dispatch import CAUSAL_CONV1D
+    from samba_megatron.ops.registry import Request
+    from samba_megatron.ops.selective_scan.dispatch import SELECTIVE_SCAN
+    from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
+
+    model, kernels = config.model, config.kernels
+    channels = model.d_inner // config.parallel.tensor_model_parallel_size
+    request = Request(
+        device=distributed.device_type(),
+        dtype=params_dtype(config),
+        sizes={
+            "channels": channels,
+            "width": model.d_conv,
+            "d_state": model.d_state,
+            "head_dim": model.head_dim,
+        },
+    )
+    chosen = {}
+    if "M" in model.hybrid_layer_pattern:
+        chosen["selective_scan"] = SELECTIVE_SCAN.choose(kernels.selective_scan, request).name
+    if "M" in model.hybrid_layer_pattern or model.short_convolution:
+        chosen["causal_conv1d"] = CAUSAL_CONV1D.choose(kernels.causal_conv1d, request).name
+    if implementation == "transformer_engine":
+        return {**chosen, "attention": "transformer_engine"}
+    attention = WINDOWED_ATTENTION.choose(kernels.windowed_attention, request).name
+    return {**chosen, "attention": attention}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

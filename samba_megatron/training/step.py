@@ -1,0 +1,219 @@
+"""One optimizer step: forward and backward over the micro-batches, checks, update."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.rerun_state_machine import (
+    EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
+    RerunDataIterator,
+    RerunMode,
+    get_rerun_state_machine,
+)
+from torch import Tensor
+
+from samba_megatron.data.stream import Batch
+from samba_megatron.platform import distributed
+from samba_megatron.platform.exits import ExitCode
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+@dataclass
+class StepResult:
+    """What a step came to, the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy a token, nats."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of the parts."""
+
+
+class Stopwatch:
+    """Wall times of named parts; the device is waited for only where the step waits anyway."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to ``name``."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def forward_step(iterator: Iterator[Batch | None], model: "nn.Module") -> tuple[Tensor, Any]:
+    """megatron's forward step: one micro-batch through one model chunk.
+
+    Returns the chunk's output and the function that turns the last chunk's output (losses
+    [b, s]) into (summed loss, tokens, what to report).
+    """
+    batch = next(iterator)
+    if batch is None:  # a stage between the first and the last sees no data
+        return model(None, None, None), None
+    tokens, labels, loss_mask, position_ids = (
+        batch[name].to(distributed.device(), non_blocking=True)  # type: ignore[union-attr]
+        for name in _FIELDS
+    )
+    losses = model(tokens, position_ids, None, labels=labels)
+    return losses, partial(summed_loss, loss_mask)
+
+
+def summed_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum of the losses that count, their number, both detached for the report).
+
+    megatron divides the gradients once by the number over the whole batch, so that the result
+    does not depend on how it was cut.
+    """
+    total = (losses.float() * loss_mask).sum()
+    count = loss_mask.sum()
+    report = torch.stack([total.detach(), count])
+    return total, count.to(torch.int), {"loss": report}
+
+
+def needs_data() -> bool:
+    """Whether this pipeline stage reads batches: the first (tokens) and the last (labels)."""
+    return parallel_state.is_pipeline_first_stage(
+        ignore_virtual=True
+    ) or parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def run_schedule(
+    chunks: "Sequence[nn.Module]",
+    iterators: Sequence[Iterator[Batch | None]],
+    num_microbatches: int,
+    sequence_length: int,
+    micro_batch_size: int,
+    forward_only: bool,
+) -> list[dict[str, Tensor]]:
+    """Runs megatron's pipeline schedule; returns what the last stage reports, elsewhere []."""
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=num_microbatches,
+        seq_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def mean_loss(reports: list[dict[str, Tensor]]) -> Tensor:
+    """Mean loss over all counted tokens of all ranks, on every rank (fp64 scalar)."""
+    total = torch.zeros(2, dtype=torch.float64, device=distributed.device())
+    for report in reports:
+        total += report["loss"].double()
+    torch.distributed.all_reduce(
+        total, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            total,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return total[0] / total[1].clamp(min=1)
+
+
+def gradients_are_finite(chunks: "Sequence[Any]") -> Tensor:
+    """Boolean scalar: whether every number in this rank's gradient buffers is finite."""
+    norms = [
+        torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float32)
+        for chunk in chunks
+        for buffer in chunk.buffers
+        if buffer.grad_data.numel()
+    ]
+    return torch.stack(norms).isfinite().all()
+
+
+class NonFiniteStep(Exception):
+    """The loss or a gradient of a step is not finite; no weight has changed.
+
+    ``code`` is HOLD where the same step gives the same again (mathematics or data: a person must
+    look) and BAD_NODE where it does not (the device cannot be trusted).
+    """
+
+    def __init__(self, code: ExitCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+def train_step(
+    chunks: "Sequence[Any]",
+    optimizer: Any,
+    batches: list[Batch | None],
+    sequence_length: int,
+    micro_batch_size: int,
+) -> StepResult:
+    """Forward, backward, check, update.
+
+    Args:
+        chunks: this rank's model chunks in megatron's DDP wrapper.
+        optimizer: megatron's.
+        batches: this rank's micro-batches; None on stages that read none.
+        sequence_length: tokens of a sequence.
+        micro_batch_size: sequences of a micro-batch.
+
+    Raises:
+        NonFiniteStep: before any weight has changed.
+    """
+    watch = Stopwatch()
+    with watch.measure("forward_backward"):
+        loss = _forward_backward(chunks, optimizer, batches, sequence_length, micro_batch_size)
+    with watch.measure("optimizer"):
+        updated, grad_norm, _ = optimizer.step()
+    if not updated:
+        raise NonFiniteStep(ExitCode.HOLD, "the optimizer refused the step")
+    return StepResult(float(loss), float(grad_norm or 0.0), watch.seconds)
+
+
+def _forward_backward(
+    chunks: "Sequence[Any]",
+    optimizer: Any,
+    batches: list[Batch | None],
+    sequence_length: int,
+    micro_batch_size: int,
+) -> float:
+    """Gradients of one step in the buffers; its mean loss. Runs again where a rank's result is
+    not finite and the rerun state machine wants to know whether that can be repeated."""
+    iterators = [RerunDataIterator(iter(batches)) for _ in chunks]
+    machine = get_rerun_state_machine()
+    loss, finite = float("nan"), False
+    while machine.should_run_forward_backward(iterators):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        reports = run_schedule(
+            chunks, iterators, len(batches), sequence_length, micro_batch_size, forward_only=False
+        )
+        mean = mean_loss(reports)
+        finite = bool((gradients_are_finite(chunks) & mean.isfinite()).item())
+        loss = mean.item()
+        if machine.get_mode() != RerunMode.DISABLED:
+            machine.validate_result(
+                result=torch.tensor(loss if finite else float("nan")),
+                rejection_func=lambda result: bool(result.isnan().item()),
+                message="loss and gradients are finite",
+            )
+    _, should_exit, code = machine.should_checkpoint_and_exit()
+    if should_exit and code == EXIT_CODE_FAILED_ON_RESULT_VALIDATION:
+        raise NonFiniteStep(
+            ExitCode.BAD_NODE, "a non-finite loss or gradient vanished when the step was run again"
+        )
+    # The machine judges no first step of a process, and none when it is disabled.
+    if distributed.any_rank(not finite):
+        raise NonFiniteStep(ExitCode.HOLD, f"the loss ({loss}) or a gradient is not finite")
+    return loss

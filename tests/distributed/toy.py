@@ -1,0 +1,83 @@
+"""A toy run on real text (Python's own sources as bytes), and the launcher of layouts."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from samba_megatron.data.indexed import IndexedWriter
+from samba_megatron.tracking.metrics import read_metrics
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+STEPS = 20
+
+
+def write_dataset(folder: Path) -> str:
+    """Some of the standard library as byte tokens (256 ids, 0 ends a document)."""
+    prefix = folder / "text"
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    with IndexedWriter(str(prefix), np.uint16) as writer:
+        for path in sorted(stdlib.glob("*.py"))[:40]:
+            text = path.read_bytes()[:4000]
+            writer.add_document(np.frombuffer(text + b"\0", dtype=np.uint8).astype(np.uint16))
+        writer.finish()
+    return str(prefix)
+
+
+def toy_config(prefix: str, run_dir: Path, **fields: Any) -> dict[str, Any]:
+    """Fields of a tiny fp32 Samba: two blocks of each kind, a window shorter than the sequence."""
+    return {
+        "run_dir": str(run_dir),
+        "model.hybrid_layer_pattern": "M-*- x2",
+        "model.hidden_size": 32,
+        "model.ffn_hidden_size": 64,
+        "model.num_attention_heads": 4,
+        "model.num_query_groups": 2,
+        "model.vocab_size": 256,
+        "model.window_size": 24,
+        "precision.params_dtype": "fp32",
+        "data.data_path": [prefix],
+        "data.split": "100,0,0",
+        "data.sequence_length": 64,
+        "training.train_steps": STEPS,
+        "training.micro_batch_size": 1,
+        "training.global_batch_size": 8,
+        "optimizer.lr": 1e-2,
+        "optimizer.min_lr": 1e-3,
+        "optimizer.clip_grad": 1.0,
+        "schedule.lr_warmup_steps": 2,
+        "validation.eval_at_end": False,
+        "checkpoint.save_at_end": False,
+        "logging.progress": "plain",
+        **fields,
+    }
+
+
+def launch(processes: int, specs: list[dict[str, Any]], folder: Path) -> None:
+    """Runs the specifications in a world of ``processes``."""
+    file = folder / f"specs_{processes}_{abs(hash(json.dumps(specs)))}.json"
+    file.write_text(json.dumps(specs))
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes)),
+            *(str(HERE / "run_layouts.py"), str(file)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The training losses of a run, by step."""
+    return [record["loss"] for record in read_metrics(run_dir / "metrics.jsonl", "train")]

@@ -1,0 +1,31 @@
+"""The operations' costs against counts made one by one."""
+
+import pytest
+
+from samba_megatron.ops import cost
+
+
+@pytest.mark.parametrize(
+    ("length", "window"), [(1, 1), (7, None), (7, 3), (7, 7), (7, 20), (50, 8)]
+)
+def test_attended_pairs_are_those_of_the_mask(length, window):
+    pairs = sum(
+        1
+        for query in range(length)
+        for key in range(query + 1)
+        if window is None or query - key < window
+    )
+    assert cost.attended_pairs(length, window) == pairs
+    assert cost.attention_flops(length, 3, 16, window) == pairs * 3 * (2 * 16 + 2 * 16)
+
+
+def test_flops_of_the_mixer():
+    # a state: Δ·A, exp, (Δu)·B, multiply-add, multiply-add; a channel: Δ·u, multiply-add, gate
+    assert cost.scan_flops(10, 6, 4) == 10 * 6 * (4 * (1 + 1 + 1 + 2 + 2) + 1 + 2 + 1)
+    assert cost.conv_flops(10, 6, 4) == 10 * 6 * 4 * 2
+
+
+def test_bytes_count_inputs_and_outputs_once():
+    assert cost.scan_bytes(10, 6, 4, 2) == 10 * 2 * (3 * 6 + 2 * 4 + 6)
+    assert cost.conv_bytes(10, 6, 2) == 10 * 2 * (6 + 6)
+    assert cost.attention_bytes(10, 4, 2, 8, 2) == 10 * 2 * 8 * (4 + 2 + 2 + 4)

@@ -1,0 +1,129 @@
+"""The registry: the first able backend, refusals by name, and what it tells of itself."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from samba_megatron.ops.backends import describe_backends, last_backends
+from samba_megatron.ops.registry import (
+    ALL_DTYPES,
+    CPU_AND_CUDA,
+    CUDA_ONLY,
+    HALF_DTYPES,
+    Backend,
+    Operation,
+    Request,
+)
+from samba_megatron.platform.errors import UserError
+
+CPU_FP32 = Request("cpu", torch.float32)
+
+
+def backend(name: str, load: Callable[[], Callable[..., str]] | None = None, **limits) -> Backend:
+    """A backend whose kernel returns its own name."""
+    defaults = {"devices": CPU_AND_CUDA, "dtypes": ALL_DTYPES, "features": frozenset()}
+    return Backend(name=name, load=load or (lambda: lambda: name), **(defaults | limits))
+
+
+def broken() -> Callable[..., str]:
+    raise ImportError("undefined symbol: _ZN3c10\nlong tail")
+
+
+def test_auto_takes_the_first_that_can_serve_the_request():
+    operation = Operation(
+        "op",
+        [
+            backend("gpu", devices=CUDA_ONLY),
+            backend("absent", package="no_such_package"),
+            backend("broken", load=broken),
+            backend("half", dtypes=HALF_DTYPES),
+            backend("small", refuses=lambda request: "too large" if request.sizes else None),
+            backend("all", features=frozenset({"reset"})),
+        ],
+    )
+    assert operation.choose("auto", CPU_FP32).run() == "small"
+    assert operation.last_backend == "small"
+    assert operation.choose("auto", Request("cpu", torch.bfloat16)).name == "half"
+    assert operation.choose("auto", Request("cpu", torch.float32, sizes={"n": 1})).name == "all"
+    reset = Request("cpu", torch.float32, frozenset({"reset"}))
+    assert operation.choose("auto", reset).name == "all"
+    assert operation.last_backend == "all"
+
+
+@pytest.mark.parametrize(
+    ("forced", "reason"),
+    [
+        (backend("x", devices=CUDA_ONLY), "it runs on cuda, not on cpu"),
+        (backend("x", package="no_such_package"), "the package no_such_package is not installed"),
+        (backend("x", load=broken), "importing it failed: undefined symbol: _ZN3c10;"),
+        (backend("x", dtypes=HALF_DTYPES), "it does not take float32"),
+        (backend("x"), "it does not support initial_state and reset"),
+        (
+            backend(
+                "x",
+                features=frozenset({"initial_state", "reset"}),
+                refuses=lambda request: "it is too wide",
+            ),
+            "it is too wide",
+        ),
+    ],
+)
+def test_a_forced_backend_is_refused_with_its_reason_and_the_alternatives(forced, reason):
+    features = frozenset({"initial_state", "reset"})
+    operation = Operation("op", [forced, backend("other", features=features)])
+    with pytest.raises(UserError) as refusal:
+        operation.choose("x", Request("cpu", torch.float32, features))
+    assert str(refusal.value).startswith("op backend 'x' cannot run here: ")
+    assert reason in str(refusal.value)
+    assert str(refusal.value).endswith("; use auto or other")
+    assert operation.last_backend is None
+
+
+def test_an_unknown_backend_is_answered_with_the_known_ones():
+    operation = Operation("op", [backend("first"), backend("second")])
+    with pytest.raises(
+        UserError, match="^op backend 'x' is unknown: choose one of auto, first and"
+    ):
+        operation.choose("x", CPU_FP32)
+
+
+def test_no_able_backend_names_each_ones_reason():
+    operation = Operation("op", [backend("a", devices=CUDA_ONLY), backend("b", dtypes=HALF_DTYPES)])
+    message = r"no op backend can run this call \(a: it runs on cuda.*; b: it does not take"
+    with pytest.raises(UserError, match=message):
+        operation.choose("auto", CPU_FP32)
+
+
+def test_kernels_are_imported_once_and_only_when_needed():
+    calls = []
+
+    def load() -> Callable[..., str]:
+        calls.append(1)
+        return lambda: "ran"
+
+    operation = Operation("op", [backend("first"), backend("lazy", load=load)])
+    operation.choose("auto", CPU_FP32)
+    assert not calls
+    for _ in range(3):
+        assert operation.choose("lazy", CPU_FP32).run() == "ran"
+    assert len(calls) == 1
+
+
+def test_description_of_all_operations():
+    described = describe_backends()
+    assert list(described["selective_scan"]) == ["mamba_ssm", "torch", "reference"]
+    assert list(described["causal_conv1d"]) == ["causal_conv1d", "torch", "reference"]
+    assert list(described["windowed_attention"]) == ["flash_attn", "torch", "reference"]
+    for backends in described.values():
+        assert backends["torch"]["available"]
+        for status in backends.values():
+            assert status["available"] == (status["reason"] is None)
+    assert set(last_backends()) == set(described)
+
+
+def test_costs_are_counted_without_torch():
+    code = "import sys, samba_megatron.ops.cost; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
