@@ -79,6 +79,7 @@ class Evaluator:
                 parallel_state.get_data_parallel_world_size(),
             )
         )
+        batches += _fill_up(batches, self._config)
         if not needs_data():
             batches = [None] * len(batches)
         iterators = [iter(batches) for _ in chunks]
@@ -91,6 +92,16 @@ class Evaluator:
         """As many sequences as hold a training micro-batch's tokens, at least one."""
         tokens = self._config.training.micro_batch_size * self._config.data.sequence_length
         return max(tokens // length, 1)
+
+
+def _fill_up(batches: list[Batch | None], config: RunConfig) -> list[Batch | None]:
+    """Batches that count nothing: the interleaved schedule wants a multiple of the stages."""
+    if config.parallel.virtual_pipeline_model_parallel_size is None:
+        return []
+    last = batches[-1]
+    assert last is not None and last["loss_mask"] is not None
+    nothing: Batch = {**last, "loss_mask": torch.zeros_like(last["loss_mask"])}
+    return [nothing] * (-len(batches) % config.parallel.pipeline_model_parallel_size)
 
 
 def _prefixes(paths: Sequence[str]) -> list[str]:

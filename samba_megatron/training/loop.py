@@ -4,6 +4,7 @@ import gc
 import time
 from typing import Any
 
+from samba_megatron.data.stream import Batch
 from samba_megatron.platform import distributed, hardware
 from samba_megatron.platform.exits import ExitCode
 from samba_megatron.tracking.metrics import MetricsFile
@@ -24,6 +25,7 @@ class Loop:
         from samba_megatron.data.stream import SampleStream
 
         self.run, self.stop, self.config = run, stop, run.config
+        self.schedule: Any = run.state.scheduler
         self.chunks, self.progress = run.state.model, run.state.progress
         self.metrics = MetricsFile(run.run_dir) if run.rank.rank == 0 else None
         self.evaluator = Evaluator(run.config, run.valid_dataset)
@@ -64,7 +66,9 @@ class Loop:
         with watch.measure("data"):
             micro_batches = self.stream.next_global_batch(size)
             stride = self.config.training.micro_batch_size * self.rates.data_parallel_size
-            batches = list(micro_batches) if needs_data() else [None] * (size // stride)
+            batches: list[Batch | None] = (
+                list(micro_batches) if needs_data() else [None] * (size // stride)
+            )
         result = train_step(
             self.chunks,
             self.run.state.optimizer,
@@ -74,7 +78,7 @@ class Loop:
         )
         tokens = size * self.config.data.sequence_length
         lr = learning_rate(self.run.state.optimizer)
-        self.run.state.scheduler.step(tokens)
+        self.schedule.step(tokens)
         self.progress.step += 1
         self.progress.consumed_samples += size
         self.progress.consumed_tokens += tokens

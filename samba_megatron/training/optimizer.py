@@ -64,11 +64,11 @@ def build_optimizer(config: RunConfig, chunks: "Sequence[nn.Module]") -> Any:
     )
     optimizer = get_megatron_optimizer(
         megatron_config,
-        list(chunks),  # type: ignore[arg-type]
+        list(chunks),
         config_overrides=_weight_decay_overrides(ours),
         use_gloo_process_groups=distributed.device_type() == "cuda",
     )
-    return torch_adam.mend(optimizer) if adam_implementation() == "torch" else optimizer
+    return torch_adam.mend(optimizer)
 
 
 def is_exempt(name: str, shape: "torch.Size | tuple[int, ...]", exempt: Sequence[str]) -> bool:

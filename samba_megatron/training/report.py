@@ -87,7 +87,7 @@ def start_record(run: Run) -> StartRecord:
     kernels = chosen_kernels(run)
     versions = {name: found for name in _PACKAGES if (found := _version(name))}
     phases = {name: round(seconds, 2) for name, seconds in run.phases.items()}
-    values = {
+    values: dict[str, Any] = {
         "device": hardware.device_name(),
         "node": platform.node(),
         "parameters": count_parameters(config.model),

@@ -78,7 +78,7 @@ def mend(optimizer: MegatronOptimizer) -> MegatronOptimizer:
 
 
 class MendedDistributedOptimizer(DistributedOptimizer):
-    """A distributed optimizer whose checkpoints hold each parameter's own state; see :func:`mend`."""
+    """A distributed optimizer whose checkpoints hold each parameter's own state."""
 
     is_mended_for_checkpoints = True
 

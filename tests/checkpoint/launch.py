@@ -1,0 +1,63 @@
+"""Starts test programs as the ranks of a world on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_ranks(module: str, world_size: int, *arguments: object, timeout: float = 240) -> str:
+    """Runs ``python -m module arguments…`` on every rank; the output of all.
+
+    Raises:
+        AssertionError: with the output, if a rank fails or takes longer than ``timeout`` seconds.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(world_size)]  # noqa: SIM115
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+            },
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    deadline = time.monotonic() + timeout
+    try:
+        # When one rank has failed, the others would wait for it.
+        while any(rank.poll() is None for rank in ranks) and not any(r.poll() for r in ranks):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        time.sleep(0.2)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        codes = [rank.wait() for rank in ranks]
+    text = "\n".join(read(log) for log in logs)
+    assert codes == [0] * world_size, f"{module} ended with {codes}\n{text[-8000:]}"
+    return text
+
+
+def read(log: IO[bytes]) -> str:
+    log.seek(0)
+    return log.read().decode(errors="replace")
