@@ -11,7 +11,7 @@ The values are the Samba authors' (and so lit-gpt's and Mamba's): see each layer
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
 
@@ -55,7 +55,7 @@ def constant(value: float) -> Initializer:
     return fill
 
 
-def initialize_weights(chunk: "nn.Module", model: ModelConfig, seed: int) -> None:
+def initialize_weights(chunk: Any, model: ModelConfig, seed: int) -> None:
     """Fills every parameter of a model chunk in place.
 
     Args:
@@ -76,7 +76,7 @@ def initialize_weights(chunk: "nn.Module", model: ModelConfig, seed: int) -> Non
 
 
 def _named_initializers(
-    chunk: "nn.Module", model: ModelConfig
+    chunk: Any, model: ModelConfig
 ) -> "Iterator[tuple[str, nn.Parameter, Initializer]]":
     from samba_megatron.model.layers import KINDS
 
@@ -88,18 +88,18 @@ def _named_initializers(
     }
     if model.share_embeddings_and_output_weights:
         rules["output_layer.weight"] = rules[embedding]
-    num_layers = int(chunk.config.num_layers)  # type: ignore[union-attr, arg-type]
-    symbols = chunk.layer_symbols  # type: ignore[union-attr]
+    num_layers = int(chunk.config.num_layers)
+    symbols = chunk.layer_symbols
     for name, parameter in chunk.named_parameters():
         if name in rules:
             shared = name == "output_layer.weight" and model.share_embeddings_and_output_weights
             yield (embedding if shared else name), parameter, rules[name]
             continue
         prefix, local, rest = _split_layer_name(name)
-        layer = chunk.decoder.layers[local]  # type: ignore[union-attr, index]
-        kind = KINDS[symbols[layer.layer_number - 1]]  # type: ignore[index, operator]
+        layer = chunk.decoder.layers[local]
+        kind = KINDS[symbols[layer.layer_number - 1]]
         rule = kind.initializers(model, num_layers)[_without_fused_norm(rest)]
-        yield f"{prefix}{layer.layer_number - 1}.{_without_fused_norm(rest)}", parameter, rule  # type: ignore[operator]
+        yield f"{prefix}{layer.layer_number - 1}.{_without_fused_norm(rest)}", parameter, rule
 
 
 def _split_layer_name(name: str) -> tuple[str, int, str]:
@@ -124,14 +124,14 @@ def _generator(seed: int, name: str) -> "torch.Generator":
     return generator
 
 
-def _tensor_parallel(parameter: "nn.Parameter") -> tuple[int, int, int, int]:
+def _tensor_parallel(parameter: Any) -> tuple[int, int, int, int]:
     """(split dimension, interleaved pieces, ranks, own rank); one rank when it is not split."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return 0, 1, 1, 0
     from megatron.core import parallel_state
 
     return (
-        parameter.partition_dim,  # type: ignore[attr-defined]
+        parameter.partition_dim,
         getattr(parameter, "partition_stride", 1),
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),

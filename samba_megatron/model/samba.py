@@ -59,13 +59,20 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> FlopsPerToken:
     return FlopsPerToken(forward=layers + 2 * model.hidden_size * model.vocab_size)
 
 
-def build_model(config: RunConfig, implementation: "Implementation") -> "list[nn.Module]":
+def build_model(
+    config: RunConfig, implementation: "Implementation", initialize: bool = True
+) -> "list[nn.Module]":
     """This rank's model chunks (one, or ``virtual_pipeline_model_parallel_size`` of them).
 
-    Weights are initialised (see :mod:`samba_megatron.model.initialization`). Process groups must
-    be up.
+    Args:
+        config: the run's configuration; the process groups of its layout must be up.
+        implementation: the layer backend.
+        initialize: draw the weights (see :mod:`samba_megatron.model.initialization`); without it
+            they are whatever the memory holds, to be loaded.
     """
     from megatron.core import parallel_state
+
+    from samba_megatron.model.initialization import initialize_weights
 
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks = []
@@ -76,7 +83,10 @@ def build_model(config: RunConfig, implementation: "Implementation") -> "list[nn
         last = parallel_state.is_pipeline_last_stage(
             ignore_virtual=virtual is None, vp_stage=vp_stage
         )
-        chunks.append(_build_chunk(config, implementation, first, last, vp_stage))
+        chunk = _build_chunk(config, implementation, first, last, vp_stage)
+        if initialize:
+            initialize_weights(chunk, config.model, config.training.seed)
+        chunks.append(chunk)
     return chunks
 
 
@@ -92,7 +102,6 @@ def _build_chunk(
 
     from samba_megatron.model.backend import build_backend
     from samba_megatron.model.hybrid import SambaModel, SambaStack, stack_submodules
-    from samba_megatron.model.initialization import initialize_weights
     from samba_megatron.model.transformer_config import build_transformer_config
     from samba_megatron.platform import distributed
 
@@ -117,7 +126,6 @@ def _build_chunk(
     )
     if distributed.device_type() == "cuda":
         chunk.cuda(torch.cuda.current_device())
-    initialize_weights(chunk, model, config.training.seed)
     return chunk
 
 

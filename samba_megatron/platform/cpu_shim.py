@@ -15,6 +15,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -62,6 +63,9 @@ def install() -> bool:
     importlib.import_module("torch._dynamo")
 
     _installed = True
+    for package in ("transformer_engine", "apex"):
+        # Installed or not, they cannot run here, and megatron prefers them: hide them from it.
+        sys.modules[package] = None  # type: ignore[assignment]
     _replace_factories()
     _replace_tensor_methods()
     _replace_cuda_calls()

@@ -7,7 +7,7 @@ the same variables), or alone.
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from samba_megatron.platform.errors import UserError
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from samba_megatron.config import ParallelConfig
+
+DeviceType = Literal["cuda", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Rank:
         return Rank(read("RANK", 0), world_size, read("LOCAL_RANK", 0), local_world_size)
 
 
-def device_type() -> str:
+def device_type() -> DeviceType:
     """``"cuda"`` where this process has a GPU, else ``"cpu"``."""
     import torch
 
@@ -63,7 +65,7 @@ def device() -> "torch.device":
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def available_devices() -> tuple[str, int | None]:
+def available_devices() -> tuple[DeviceType, int | None]:
     """(device type, GPUs of this machine); on a CPU any number of processes may share it."""
     import torch
 
@@ -84,6 +86,10 @@ def initialize(parallel: "ParallelConfig") -> Rank:
 
     from samba_megatron.platform import cpu_shim, noise
 
+    if parallel.tensor_model_parallel_size > 1:
+        # megatron overlaps collectives with matrix products by the order in which they are
+        # queued, which one hardware queue keeps. Must be set before CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with noise.quiet_imports():
         on_cpu = cpu_shim.install()
         noise.import_megatron()

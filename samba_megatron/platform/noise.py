@@ -13,6 +13,8 @@ from contextlib import contextmanager
 _WARNINGS = (
     r".*MimoModelConfig is experimental.*",
     r".*full scope is deprecated.*",
+    # Samples hold no padding.
+    r".*The pad token id in the tokenizer collides.*",
     # megatron's optimizer asks views of the parameters for their gradient.
     r".*is not a leaf Tensor.*",
     # Internal to torch's and megatron's checkpointing.

@@ -48,7 +48,11 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     for number, record in enumerate(_records(path)):
         if kind is not None and record["kind"] != kind:
             continue
-        key = (record["kind"], record.get("step"), record.get("sequence_length"))
+        key: tuple[Any, ...] = (
+            record["kind"],
+            record.get("step"),
+            record.get("sequence_length"),
+        )
         if record["kind"] not in ("train", "validation"):
             key = (*key, number)
         last.pop(key, None)

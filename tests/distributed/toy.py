@@ -46,7 +46,8 @@ def toy_config(prefix: str, run_dir: Path, **fields: Any) -> dict[str, Any]:
         "data.split": "100,0,0",
         "data.sequence_length": 64,
         "training.train_steps": STEPS,
-        "training.micro_batch_size": 1,
+        "training.micro_batch_size": 2,
+        # Four micro-batches a step: as many as the interleaved pipeline needs on two ranks.
         "training.global_batch_size": 8,
         "optimizer.lr": 1e-2,
         "optimizer.min_lr": 1e-3,
@@ -63,21 +64,25 @@ def launch(processes: int, specs: list[dict[str, Any]], folder: Path) -> None:
     """Runs the specifications in a world of ``processes``."""
     file = folder / f"specs_{processes}_{abs(hash(json.dumps(specs)))}.json"
     file.write_text(json.dumps(specs))
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(processes)),
-            *(str(HERE / "run_layouts.py"), str(file)),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    log = file.with_suffix(".log")
+    with open(log, "w") as out:
+        result = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc-per-node", str(processes)),
+                *(str(HERE / "run_layouts.py"), str(file)),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
+            stdout=out,
+            stderr=out,
+            timeout=900,
+        )
+    # What follows the launcher's own report of the failure is noise.
+    assert result.returncode == 0, log.read_text().split("failed (exitcode:")[0][-6000:]
 
 
-def losses(run_dir: Path) -> list[float]:
-    """The training losses of a run, by step."""
-    return [record["loss"] for record in read_metrics(run_dir / "metrics.jsonl", "train")]
+def losses(run_dir: Path, kind: str = "train") -> list[float]:
+    """The training (or validation) losses of a run, by step."""
+    return [record["loss"] for record in read_metrics(run_dir / "metrics.jsonl", kind)]

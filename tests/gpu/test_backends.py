@@ -1,8 +1,9 @@
 """On a GPU: Transformer Engine against the local backend against the CPU, from one seed.
 
 Initial weights depend on the seed alone, so the same toy run is started on each and the losses
-are compared step by step. Tolerances: fp32 on the CPU and the GPU differ by the order of sums
-(and by TF32 nowhere: it is off), bf16 and FP8 by their number formats.
+are compared step by step. fp32 runs differ by the order of sums only (TF32 is off; Transformer
+Engine's fp32 kernels round a little more), bf16 and FP8 by their number formats. Tolerances are a
+few times what an H200 gave.
 """
 
 import os
@@ -101,16 +102,16 @@ def worst(a: list[float], b: list[float]) -> float:
 @pytest.mark.parametrize(
     ("name", "other", "tolerance"),
     [
-        ("local_fp32", "cpu_fp32", 1e-4),
-        ("local_kernels_fp32", "local_fp32", 1e-4),
-        ("te_fp32", "local_fp32", 1e-3),
-        ("local_bf16", "local_fp32", 5e-2),
-        ("te_bf16", "local_bf16", 5e-2),
-        ("te_bf16_recompute", "te_bf16", 1e-2),
-        ("te_bf16_selective", "te_bf16", 1e-2),
-        ("te_fp8_delayed", "te_bf16", 1e-1),
-        ("te_fp8_tensorwise", "te_bf16", 1e-1),
-        ("te_fp8_blockwise", "te_bf16", 1e-1),
+        ("local_fp32", "cpu_fp32", 1e-5),
+        ("local_kernels_fp32", "local_fp32", 1e-5),
+        ("te_fp32", "local_fp32", 2e-4),
+        ("local_bf16", "local_fp32", 1e-2),
+        ("te_bf16", "local_bf16", 2e-3),
+        ("te_bf16_recompute", "te_bf16", 2e-3),
+        ("te_bf16_selective", "te_bf16", 2e-3),
+        ("te_fp8_delayed", "te_bf16", 3e-2),
+        ("te_fp8_tensorwise", "te_bf16", 3e-2),
+        ("te_fp8_blockwise", "te_bf16", 3e-2),
     ],
 )
 def test_losses_agree(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
-from samba_megatron.model.layers.base import linear_flops
+from samba_megatron.model.layers.base import RowGroups, linear_flops
 
 if TYPE_CHECKING:
     from samba_megatron.model.backend import Backend
@@ -56,6 +56,22 @@ class WindowedAttentionKind:
                 model.num_attention_heads * model.head_dim, scale
             ),
             **{f"self_attention.{n}_conv1d.weight": taps for n in ("q", "k", "v")},
+        }
+
+    def huggingface_names(self, model: ModelConfig) -> dict[str, str | RowGroups]:
+        """megatron's matrix holds, for each key/value head, its queries' rows, its key's and its
+        value's."""
+        head, groups = model.head_dim, model.kv_heads
+        queries = model.num_attention_heads // groups * head
+        rows = {"q": queries, "k": head, "v": head}
+        taps = [f"{n}_conv1d.weight" for n in rows] if model.short_convolution else []
+        return {
+            "input_layernorm.weight": "mixer_norm.weight",
+            "self_attention.linear_qkv.weight": RowGroups(
+                {f"mixer.{n}_proj.weight": count for n, count in rows.items()}, groups
+            ),
+            "self_attention.linear_proj.weight": "mixer.o_proj.weight",
+            **{f"self_attention.{name}": f"mixer.{name}" for name in taps},
         }
 
     def spec(self, backend: "Backend") -> Any:

@@ -1,5 +1,6 @@
 """What a layer kind must say of itself."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from samba_megatron.config import ModelConfig
@@ -7,6 +8,16 @@ from samba_megatron.config import ModelConfig
 if TYPE_CHECKING:
     from samba_megatron.model.backend import Backend
     from samba_megatron.model.initialization import Initializer
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """A matrix whose rows hold several Hugging Face tensors in turn, group after group."""
+
+    parts: dict[str, int]
+    """Hugging Face name → rows in one group, in the order of the rows."""
+
+    groups: int = 1
 
 
 class LayerKind(Protocol):
@@ -35,6 +46,11 @@ class LayerKind(Protocol):
     def initializers(self, model: ModelConfig, num_layers: int) -> "dict[str, Initializer]":
         """Initial values by parameter name within the layer; ``num_layers`` is the number of
         residual branches, by whose root the branches' last matrices are scaled down."""
+        ...
+
+    def huggingface_names(self, model: ModelConfig) -> dict[str, str | RowGroups]:
+        """Where each of the layer's tensors goes in a Hugging Face block: checkpoint key within
+        the layer → name within the block."""
         ...
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
-from samba_megatron.model.layers.base import linear_flops
+from samba_megatron.model.layers.base import RowGroups, linear_flops
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,11 @@ class MambaKind:
             "mixer.D": constant(1.0),
             "mixer.out_proj.weight": linear_uniform(model.d_inner, scale),
         }
+
+    def huggingface_names(self, model: ModelConfig) -> dict[str, str | RowGroups]:
+        """The same names, as both follow the Mamba authors' code."""
+        own = [name for name in self.initializers(model, 1) if name != "norm.weight"]
+        return {"norm.weight": "mixer_norm.weight", **{name: name for name in own}}
 
     def spec(self, backend: "Backend") -> Any:
         """megatron's MambaLayer around our Mamba-1 mixer (megatron's own is Mamba-2 only)."""

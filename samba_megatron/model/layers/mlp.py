@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform
-from samba_megatron.model.layers.base import linear_flops
+from samba_megatron.model.layers.base import RowGroups, linear_flops
 
 if TYPE_CHECKING:
     from samba_megatron.model.backend import Backend
@@ -32,6 +32,17 @@ class MLPKind:
             "norm.weight": constant(1.0),
             "mlp.linear_fc1.weight": linear_uniform(model.hidden_size),
             "mlp.linear_fc2.weight": linear_uniform(model.ffn_hidden_size, scale),
+        }
+
+    def huggingface_names(self, model: ModelConfig) -> dict[str, str | RowGroups]:
+        """megatron joins gate and up in one matrix."""
+        width = model.ffn_hidden_size
+        return {
+            "pre_mlp_layernorm.weight": "mlp_norm.weight",
+            "mlp.linear_fc1.weight": RowGroups(
+                {"mlp.gate_proj.weight": width, "mlp.up_proj.weight": width}
+            ),
+            "mlp.linear_fc2.weight": "mlp.down_proj.weight",
         }
 
     def spec(self, backend: "Backend") -> Any:

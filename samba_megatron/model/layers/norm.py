@@ -20,7 +20,7 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(
             hidden_size,
             eps=eps,
-            device=torch.cuda.current_device(),  # type: ignore[arg-type]
+            device=torch.cuda.current_device(),
             dtype=config.params_dtype,
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
