@@ -8,7 +8,7 @@ class CheckpointConfig:
     """Sharded checkpoints (megatron-core's torch_dist) that load at any TP, PP and DP."""
 
     save: str | None = None
-    """Folder of the run's checkpoints; unset: nothing is saved."""
+    """Folder of the run's checkpoints; ``checkpoints`` in the run folder when unset."""
 
     load: str | None = None
     """Folder of checkpoints, or one checkpoint (``.../step_0000100``), to start from when ``save``
@@ -18,7 +18,7 @@ class CheckpointConfig:
     """From ``load`` take the weights only: optimizer, schedule, data and step begin anew."""
 
     save_interval: int | None = None
-    """Steps between saves; unset: at the end and on a signal only."""
+    """Steps between saves; unset: at the end, and where the run is stopped early, only."""
 
     save_at_end: bool = True
     """Save after the last step."""

@@ -58,8 +58,7 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     """Fills in the folders that follow from ``run_dir``: checkpoints and dataset indices."""
     run_dir = Path(config.run_dir or Path("runs") / config.name)
     checkpoint = config.checkpoint
-    wants_saving = checkpoint.save_interval is not None or checkpoint.save_at_end
-    save = checkpoint.save or (str(run_dir / "checkpoints") if wants_saving else None)
+    save = checkpoint.save or str(run_dir / "checkpoints")
     cache = config.data.path_to_cache or str(run_dir / "index_cache")
     return dataclasses.replace(
         config,

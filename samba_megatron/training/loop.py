@@ -122,8 +122,6 @@ class Loop:
         interval = self.config.validation.eval_interval
         if interval and step % interval == 0 and step < self.run.length.steps:
             self.validate()
-        if self.run.store is None:
-            return
         self._report_save(self.run.store.poll())
         every = self.config.checkpoint.save_interval
         if every and step % every == 0 and step < self.run.length.steps:
@@ -155,8 +153,6 @@ class Loop:
 
     def save(self, blocking: bool) -> None:
         """Saves the state; in the background unless ``blocking``."""
-        if self.run.store is None:
-            return
         with whole_parameters(self.chunks, self.config.parallel.overlap_param_gather):
             self._report_save(self.run.store.save(self.run.state, blocking=blocking))
 
@@ -202,10 +198,9 @@ class Loop:
         done = code is ExitCode.DONE
         if done and self.config.validation.eval_at_end:
             self.validate()
-        if self.run.store is not None:
-            self._report_save(self.run.store.wait())
-            if not done or self.config.checkpoint.save_at_end:
-                self.save(blocking=True)
+        self._report_save(self.run.store.wait())
+        if not done or self.config.checkpoint.save_at_end:
+            self.save(blocking=True)
         self._close(code, reason)
         return code
 
@@ -217,16 +212,14 @@ class Loop:
         self.run.console.stop()
         step = self.progress.step + 1
         reason = f"step {step}: {stop.reason}; the state before it is saved, nothing after it"
-        if self.run.store is not None:
-            self._report_save(self.run.store.wait())
-            if self.progress.step > 0:
-                self.save(blocking=True)
+        self._report_save(self.run.store.wait())
+        if self.progress.step > 0:
+            self.save(blocking=True)
         self._close(stop.code, reason)
         return stop.code
 
     def _close(self, code: ExitCode, reason: str) -> None:
-        if self.run.store is not None:
-            self.run.store.close()
+        self.run.store.close()
         self.stream.close()
         self.run.console.say(f"ended with code {int(code)}: {reason}")
         if self.metrics:

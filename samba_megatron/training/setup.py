@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samba_megatron.checkpoint.state import Progress, TrainState
+from samba_megatron.checkpoint.store import CheckpointStore, SavedRun
 from samba_megatron.config import RunConfig
 from samba_megatron.config.load import to_dict
 from samba_megatron.platform import distributed
@@ -22,7 +23,6 @@ from samba_megatron.tracking.console import RunConsole
 from samba_megatron.training.batches import BatchSchedule, RunLength, run_length
 
 if TYPE_CHECKING:
-    from samba_megatron.checkpoint.store import CheckpointStore, SavedRun
     from samba_megatron.data.stream import SampleDataset
     from samba_megatron.model.backend import Implementation
 
@@ -37,7 +37,7 @@ class Run:
     console: RunConsole
     implementation: "Implementation"
     state: TrainState
-    store: "CheckpointStore | None"
+    store: CheckpointStore
     length: RunLength
     batches: BatchSchedule
     train_dataset: "SampleDataset"
@@ -60,11 +60,11 @@ def set_up(config: RunConfig, rank: distributed.Rank, phases: dict[str, float]) 
     _seed_everything(config)
     run_dir = Path(str(config.run_dir))
     console = RunConsole(run_dir, speaks=rank.rank == 0, progress=config.logging.progress)
-    store = _open_store(config, console)
+    store = CheckpointStore(config.checkpoint, notice=console.warn)
     length, batches = run_length(config), BatchSchedule.from_config(config)
     with timed(phases, "data"):
         train, valid, identity = _build_data(config, length)
-    _compare_with_saved(config, store.find() if store else None, identity, console)
+    _compare_with_saved(config, store.find(), identity, console)
     with timed(phases, "model"):
         state, implementation = _build_state(config, length)
     state.progress = Progress(data_identity=identity, config=to_dict(config))
@@ -117,22 +117,14 @@ def _seed_everything(config: RunConfig) -> None:
     initialize_rerun_state_machine(mode=RerunMode(config.training.rerun_mode))
 
 
-def _open_store(config: RunConfig, console: RunConsole) -> "CheckpointStore | None":
-    from samba_megatron.checkpoint.store import CheckpointStore
-
-    if config.checkpoint.save is None and config.checkpoint.load is None:
-        return None
-    return CheckpointStore(config.checkpoint, notice=console.warn)
-
-
-def _takes_weights_only(config: RunConfig, saved: "SavedRun") -> bool:
+def _takes_weights_only(config: RunConfig, saved: SavedRun) -> bool:
     """Whether only the weights of ``saved`` are taken: not where it is this run's own."""
-    own = config.checkpoint.save is not None and saved.path.parent == Path(config.checkpoint.save)
+    own = saved.path.parent == Path(str(config.checkpoint.save))
     return config.checkpoint.load_weights_only and not own
 
 
 def _compare_with_saved(
-    config: RunConfig, saved: "SavedRun | None", identity: dict[str, Any], console: RunConsole
+    config: RunConfig, saved: SavedRun | None, identity: dict[str, Any], console: RunConsole
 ) -> None:
     """Refuses what must not change between a checkpoint and the run that goes on from it."""
     from samba_megatron.config.compare import compare_for_resume
@@ -193,8 +185,6 @@ def _build_state(config: RunConfig, length: RunLength) -> "tuple[TrainState, Imp
 
 
 def _restore(run: Run) -> None:
-    if run.store is None:
-        return
     run.store.preflight(run.state)
     progress = run.store.load(run.state)
     if progress is not None:

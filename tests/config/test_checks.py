@@ -198,10 +198,6 @@ def test_a_number_out_of_its_bounds_is_refused_alone(name):
         ({"validation.eval_tokens": 1000}, "less than one sequence of 4096: use 4096 or more"),
         # checkpoints
         (
-            {"run_dir": None, "checkpoint.save_interval": 5},
-            "checkpoint.save_interval 5 needs a folder: give run_dir or checkpoint.save",
-        ),
-        (
             {"checkpoint.save_interval": 100, "checkpoint.milestone_interval": 250},
             "is not a multiple of checkpoint.save_interval 100: use 200 or 300",
         ),

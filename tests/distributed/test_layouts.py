@@ -132,7 +132,7 @@ def first_moments(run_dir: Path) -> dict[str, torch.Tensor]:
     """exp_avg of every parameter in a run's only checkpoint, whole, by parameter name."""
     path = str(run_dir / "checkpoints" / "step_0000001")
     prefix = "optimizer.state.exp_avg."
-    keys = {key for key in FileSystemReader(path).read_metadata().state_dict_metadata}
+    keys = FileSystemReader(path).read_metadata().state_dict_metadata
     wanted = {key for key in keys if key.startswith(prefix)}
     state = _load_state_dict_from_keys(wanted, checkpoint_id=path)
     return {name.removeprefix(prefix): tensor for name, tensor in _flat(state)}

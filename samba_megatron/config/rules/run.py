@@ -174,14 +174,9 @@ def validation_lengths(situation: Situation) -> Iterator[str]:
 
 
 def checkpoints(situation: Situation) -> Iterator[str]:
-    """What shall be saved has a folder, what shall be loaded a source."""
-    config = situation.config
-    checkpoint = config.checkpoint
+    """Milestones are among the saves, and what shall be loaded has a source."""
+    checkpoint = situation.config.checkpoint
     interval, milestone = checkpoint.save_interval, checkpoint.milestone_interval
-    if interval is not None and checkpoint.save is None and config.run_dir is None:
-        yield (
-            f"checkpoint.save_interval {interval} needs a folder: give run_dir or checkpoint.save"
-        )
     if milestone is not None and interval is None:
         yield (
             f"checkpoint.milestone_interval {milestone} needs checkpoint.save_interval, of which "
