@@ -114,7 +114,7 @@ def test_kernels_are_imported_once_and_only_when_needed():
 
 def test_description_of_all_operations():
     described = describe_backends()
-    assert list(described["selective_scan"]) == ["mamba_ssm", "torch", "reference"]
+    assert list(described["selective_scan"]) == ["fused", "mamba_ssm", "torch", "reference"]
     assert list(described["causal_conv1d"]) == ["causal_conv1d", "torch", "reference"]
     assert list(described["windowed_attention"]) == ["flash_attn", "torch", "reference"]
     for backends in described.values():

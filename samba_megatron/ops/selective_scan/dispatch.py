@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from samba_megatron.ops.registry import AUTO, Operation, Request
-from samba_megatron.ops.selective_scan import mamba_ssm, reference, torch_scan
+from samba_megatron.ops.selective_scan import fused, mamba_ssm, reference, torch_scan
 
 SELECTIVE_SCAN = Operation(
-    "selective_scan", [mamba_ssm.BACKEND, torch_scan.BACKEND, reference.BACKEND]
+    "selective_scan", [fused.BACKEND, mamba_ssm.BACKEND, torch_scan.BACKEND, reference.BACKEND]
 )
 
 
