@@ -1,0 +1,38 @@
+"""What holds for all tests: few threads, no network, and skips for what the machine lacks."""
+
+import os
+import shutil
+
+import pytest
+
+# Before torch is imported: tests share the cores, with each other and with the ranks they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing here is downloaded; a test that tries must fail, not wait.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SLURM_COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests marked ``gpu`` and ``slurm`` where there is no GPU or no Slurm."""
+    _skip(items, "gpu", "needs an NVIDIA GPU", _has_gpu)
+    _skip(items, "slurm", f"needs {', '.join(SLURM_COMMANDS)}", _has_slurm)
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str, available) -> None:
+    marked = [item for item in items if item.get_closest_marker(marker)]
+    if marked and not available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_slurm() -> bool:
+    # Daemons lie in sbin, which is not on every user's PATH.
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    return all(shutil.which(command, path=path) for command in SLURM_COMMANDS)
