@@ -52,8 +52,8 @@ def main() -> None:
             print("the run ended before the next kill: give it more steps", flush=True)
             break
         kills.append(kill)
-        saving = " while saving" if kill.while_saving else ""
-        print(f"kill {number + 1}/{args.kills} after step {kill.step}{saving}", flush=True)
+        when = " while saving" if kill.while_saving else ""
+        print(f"kill {number + 1}/{args.kills} after step {kill.step}{when}", flush=True)
     finish(args, killed)
     steps = compare(undisturbed, killed)
     (args.output / "kills.json").write_text(json.dumps([asdict(kill) for kill in kills], indent=1))

@@ -62,13 +62,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def recipe_name(recipe: str) -> str:
+    """``samba_1.3b`` for itself and for its file."""
+    return Path(recipe).name.removesuffix(".yaml")
+
+
 def measure(args: argparse.Namespace, recipe: str, precision: str) -> dict[str, Any]:
     """One run; its row of the table.
 
     Raises:
         UserError: if the run failed; its output is in the log named.
     """
-    run_dir = args.output / f"{Path(recipe).stem}_{precision}"
+    run_dir = args.output / f"{recipe_name(recipe)}_{precision}"
     print(f"{run_dir.name}: {args.steps} steps …", flush=True)
     log = args.output / f"{run_dir.name}.log"
     with open(log, "w", encoding="utf-8") as out:
@@ -77,7 +82,7 @@ def measure(args: argparse.Namespace, recipe: str, precision: str) -> dict[str, 
         raise UserError(f"{run_dir.name} ended with code {result.returncode}: see {log}")
     row = summarise(run_dir, args.steps)
     print(table([row]), flush=True)
-    return {"recipe": Path(recipe).stem, "precision": precision, **row}
+    return {"recipe": recipe_name(recipe), "precision": precision, **row}
 
 
 def command(args: argparse.Namespace, recipe: str, precision: str, run_dir: Path) -> list[str]:

@@ -52,7 +52,7 @@ def run_command(main: Callable[[], object]) -> NoReturn:
 
 
 def _say_once(sentence: str, everywhere: bool) -> None:
-    """Prints on rank 0; the others leave later, since a launcher ends all when the first is gone."""
+    """Prints on rank 0; the others leave later: a launcher ends all when the first is gone."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or everywhere:
         print(sentence, file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ device.
 """
 
 import dataclasses
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -186,6 +187,11 @@ def _build_state(config: RunConfig, length: RunLength) -> "tuple[TrainState, Imp
 
 def _restore(run: Run) -> None:
     run.store.preflight(run.state)
+    saved = run.store.find()
+    if saved is not None and saved.path.parent == Path(str(run.config.checkpoint.save)):
+        # Delayed scaling's FP8 state is a pickle, which Transformer Engine loads only from a
+        # checkpoint that is said to be trusted: this run's own is.
+        os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     progress = run.store.load(run.state)
     if progress is not None:
         identity, config = run.state.progress.data_identity, run.state.progress.config

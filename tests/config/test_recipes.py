@@ -5,8 +5,8 @@ import pytest
 from samba_megatron.config import ModelConfig
 from samba_megatron.config.checks import violations
 from samba_megatron.config.load import parse_run_config
-from samba_megatron.config.recipes import RECIPES, find_recipe, shipped_recipes
 from samba_megatron.config.pattern import layer_symbols
+from samba_megatron.config.recipes import RECIPES, find_recipe, shipped_recipes
 
 PARAMETERS = {
     "samba_tiny": 7_955_712,

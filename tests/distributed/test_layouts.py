@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from tests.distributed.toy import STEPS, launch, losses, toy_config, write_dataset
+from tests.distributed.toy import (
+    STEPS,
+    launch,
+    losses,
+    saved_tensors,
+    toy_config,
+    write_dataset,
+)
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 VPP, SP = "parallel.virtual_pipeline_model_parallel_size", "parallel.sequence_parallel"
@@ -130,19 +135,4 @@ def test_moved_run_equals_the_uninterrupted_one(folder: Path, source: str, targe
 
 def first_moments(run_dir: Path) -> dict[str, torch.Tensor]:
     """exp_avg of every parameter in a run's only checkpoint, whole, by parameter name."""
-    path = str(run_dir / "checkpoints" / "step_0000001")
-    prefix = "optimizer.state.exp_avg."
-    keys = FileSystemReader(path).read_metadata().state_dict_metadata
-    wanted = {key for key in keys if key.startswith(prefix)}
-    state = _load_state_dict_from_keys(wanted, checkpoint_id=path)
-    return {name.removeprefix(prefix): tensor for name, tensor in _flat(state)}
-
-
-def _flat(state: dict[str, Any], prefix: str = "") -> list[tuple[str, torch.Tensor]]:
-    found: list[tuple[str, torch.Tensor]] = []
-    for name, value in state.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{name}.")
-        else:
-            found.append((f"{prefix}{name}", value))
-    return found
+    return saved_tensors(run_dir / "checkpoints" / "step_0000001", "optimizer.state.exp_avg.")

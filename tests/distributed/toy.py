@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
 from samba_megatron.data.indexed import IndexedWriter
 from samba_megatron.tracking.metrics import read_metrics
@@ -86,3 +88,17 @@ def launch(processes: int, specs: list[dict[str, Any]], folder: Path) -> None:
 def losses(run_dir: Path, kind: str = "train") -> list[float]:
     """The training (or validation) losses of a run, by step."""
     return [record["loss"] for record in read_metrics(run_dir / "metrics.jsonl", kind)]
+
+
+def saved_tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The whole tensors of a checkpoint whose keys begin with ``prefix``, which is left out."""
+    reader = FileSystemReader(str(checkpoint))
+    described = reader.read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in described.items()
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    assert tensors, f"{checkpoint} has nothing under {prefix}"
+    load(tensors, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
