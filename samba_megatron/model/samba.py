@@ -1,12 +1,11 @@
 """Assembles Samba on megatron's HybridModel, and sums what the layers say of themselves."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from samba_megatron.config import ModelConfig, RunConfig
-from samba_megatron.config.pattern import layer_symbols, to_megatron
+from samba_megatron.config.pattern import describe_layers, layer_symbols, to_megatron
 from samba_megatron.model.layers import KINDS
 
 if TYPE_CHECKING:
@@ -148,12 +147,16 @@ def describe_model(config: RunConfig) -> list[tuple[str, str]]:
     flops = flops_per_token(model, config.data.sequence_length)
     return [
         ("layers", f"{len(symbols)} ({kinds})"),
-        ("pattern", megatron_pattern(config)),
+        *(("", line) for line in _layer_map(config)),
         ("parameters", f"{count_parameters(model):,}"),
         ("model FLOPs a token", f"{flops.model / 1e9:.3f} GFLOP at {config.data.sequence_length}"),
     ]
 
 
-def unwrap(chunks: "Sequence[nn.Module]") -> "list[Any]":
-    """The model chunks without their data-parallel wrapper."""
-    return [getattr(chunk, "module", chunk) for chunk in chunks]
+def _layer_map(config: RunConfig) -> list[str]:
+    parallel = config.parallel
+    return describe_layers(
+        config.model.hybrid_layer_pattern,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+    )

@@ -72,7 +72,7 @@ class RunConsole:
     def facts(self, title: str, rows: list[tuple[str, str]]) -> None:
         """A small table of what a run is."""
         for name, value in rows:
-            self._to_log(f"{title}: {name}: {value}")
+            self._to_log(f"{title}: {name}: {value}" if name else f"{title}: {value}")
         if self._speaks:
             table = Table(title=title, show_header=False, title_justify="left", box=None)
             for name, value in rows:

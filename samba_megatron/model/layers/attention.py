@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
 from samba_megatron.model.layers.base import RowGroups, linear_flops
+from samba_megatron.ops.cost import attended_pairs, conv_flops
 
 if TYPE_CHECKING:
     from samba_megatron.model.backend import Backend
@@ -37,13 +38,9 @@ class WindowedAttentionKind:
         d = model.hidden_size
         heads, groups = model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
         projections = linear_flops(d, heads + 2 * groups) + linear_flops(heads, d)
-        taps = 2 * (heads + 2 * groups) * model.d_conv if model.short_convolution else 0
-        return projections + taps + 4 * heads * self.mean_keys(model, sequence_length)
-
-    def mean_keys(self, model: ModelConfig, sequence_length: int) -> float:
-        """Mean over positions of the keys seen: min(position, window)."""
-        window = min(self.window(model) or sequence_length, sequence_length)
-        return (window * (window + 1) / 2 + window * (sequence_length - window)) / sequence_length
+        taps = conv_flops(1, heads + 2 * groups, model.d_conv) if model.short_convolution else 0
+        pairs = attended_pairs(sequence_length, self.window(model))
+        return projections + taps + 4 * heads * pairs / sequence_length
 
     def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
         """Kaiming-uniform; the output matrix scaled by the root of the residual branches."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
 from samba_megatron.model.layers.base import RowGroups, linear_flops
+from samba_megatron.ops.cost import conv_flops, scan_flops
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +30,10 @@ class MambaKind:
         return projections + e * (model.d_conv + 1) + e * n + e + e + d
 
     def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
-        """Matrix products, convolution, scan, gate: linear in the sequence, so constant a token.
-
-        The scan takes, per channel and state, an exponential's product (1), the input's product
-        (2), the update (2) and the output's product (2): 7 E N; and D·u and the gate: 4 E.
-        """
+        """Matrix products, convolution and scan: linear in the sequence, so constant a token."""
         d, e, r, n = model.hidden_size, model.d_inner, model.resolved_dt_rank, model.d_state
         products = linear_flops(d, 2 * e) + linear_flops(e, r + 2 * n) + linear_flops(r, e)
-        return products + linear_flops(e, d) + 2 * e * model.d_conv + 7 * e * n + 4 * e
+        return products + linear_flops(e, d) + conv_flops(1, e, model.d_conv) + scan_flops(1, e, n)
 
     def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
         """Mamba's own values: S4D-real A, unit D, log-uniform step sizes."""
