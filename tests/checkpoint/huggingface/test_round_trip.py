@@ -9,7 +9,7 @@ import torch
 from samba_megatron.checkpoint.huggingface import parity_sides
 from samba_megatron.checkpoint.huggingface.shards import INDEX
 from samba_megatron.checkpoint.huggingface.source import CheckpointSource
-from tests.huggingface.save_models import MODELS, config_of
+from tests.checkpoint.huggingface.save_models import MODELS, config_of
 
 pytestmark = pytest.mark.usefixtures("own_modules")
 

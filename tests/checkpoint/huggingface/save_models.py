@@ -1,7 +1,7 @@
 """Saves checkpoints of several small models from a world of four: two tensor-parallel ranks, two
 pipeline stages.
 
-python -m tests.huggingface.save_models FOLDER
+python -m tests.checkpoint.huggingface.save_models FOLDER
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Logits of checkpoints, by our model on one rank.
 
-python -m tests.huggingface.reference_logits OUTPUT.pt CHECKPOINT…
+python -m tests.checkpoint.huggingface.reference_logits OUTPUT.pt CHECKPOINT…
 """
 
 import sys

@@ -25,7 +25,7 @@ from samba_megatron.data.tokenizer import train_tokenizer
 from samba_megatron.platform.errors import ExitWith, UserError
 from tools import convert_checkpoint
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPES = sorted(
     path.relative_to(ROOT / "pretrain" / "recipes")
     for path in (ROOT / "pretrain" / "recipes").rglob("*.yaml")

@@ -9,15 +9,15 @@ import torch
 
 from samba_megatron.checkpoint.huggingface.export import ExportOptions, export
 from samba_megatron.checkpoint.huggingface.importing import import_model
+from tests.checkpoint.huggingface.save_models import MODELS
 from tests.checkpoint.launch import run_ranks
-from tests.huggingface.save_models import MODELS
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints of all models, saved by TP 2 × PP 2."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    run_ranks("tests.huggingface.save_models", 4, folder)
+    run_ranks("tests.checkpoint.huggingface.save_models", 4, folder)
     return {name: folder / name / "step_0000007" for name in MODELS}
 
 
@@ -49,7 +49,7 @@ def logits(checkpoints, imported, tmp_path_factory: pytest.TempPathFactory):
     """{"saved" or "imported": {name: logits of the fixed prompts by our model}}."""
     file = tmp_path_factory.mktemp("logits") / "logits.pt"
     paths = [*checkpoints.values(), *imported.values()]
-    run_ranks("tests.huggingface.reference_logits", 1, file, *paths)
+    run_ranks("tests.checkpoint.huggingface.reference_logits", 1, file, *paths)
     found = torch.load(file)
     return {
         "saved": {name: found[str(path)] for name, path in checkpoints.items()},
