@@ -53,6 +53,7 @@ def silence() -> None:
 def quiet_imports() -> Iterator[None]:
     """Inside, imports warn of nothing; the filters are set again afterwards, since an import
     inside megatron resets them all."""
+    silence()
     with warnings.catch_warnings():
         if os.environ.get("SAMBA_MEGATRON_VERBOSE") != "1":
             warnings.simplefilter("ignore")
