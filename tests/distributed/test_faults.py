@@ -120,7 +120,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no data": ({"data.data_path": []}, ["data.data_path"]),
     "illegal layout": ({"parallel.tensor_model_parallel_size": 3}, ["tensor_model_parallel_size"]),
     "tokens outside": ({"model.vocab_size": 64}, ["vocab"]),
-    "forced kernel": ({"kernels.selective_scan": "mamba_ssm"}, ["mamba_ssm", "CUDA"]),
+    "forced kernel": ({"kernels.selective_scan": "mamba_ssm"}, ["mamba_ssm", "cuda", "torch"]),
     "no such kernel": ({"kernels.selective_scan": "magic"}, ["magic", "torch"]),
     "backend": ({"kernels.transformer_impl": "transformer_engine"}, ["transformer_engine", "GPU"]),
     "load from nowhere": ({"checkpoint.load": "/nowhere/checkpoints"}, ["/nowhere/checkpoints"]),
