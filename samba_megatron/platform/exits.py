@@ -22,3 +22,5 @@ class ExitCode(IntEnum):
     """A person must look before it runs again (non-finite loss, corrupt checkpoint)."""
     BAD_NODE = 77
     """This node's hardware gave a wrong or unrepeatable answer: exclude it, then run again."""
+    HANG = 78
+    """No step was finished in time: a report names the rank that others waited for. Start again."""
