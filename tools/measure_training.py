@@ -5,7 +5,8 @@
         --data-path data/train --output measured
 
 Each run goes through the same entry point as any other. Figures are medians over the second half
-of the steps; the loss is the mean of the last twenty.
+of the steps; the loss is the mean of the last twenty. With ``-- --checkpoint.load CHECKPOINTS`` all
+start from one trained state and go on to step ``--steps``.
 """
 
 import argparse
@@ -117,6 +118,7 @@ def summarise(run_dir: Path, steps: int) -> dict[str, Any]:
     """Medians over the second half of a run's steps."""
     start = read_metrics(run_dir / "metrics.jsonl", "start")[-1]
     records = read_metrics(run_dir / "metrics.jsonl", "train")
+    steps -= start["step"]  # those before a checkpoint that it started from are not its own
     if len(records) != steps:
         raise UserError(f"{run_dir} has {len(records)} steps of {steps}: remove it and run again")
     second_half = records[len(records) // 2 :]

@@ -424,9 +424,9 @@ def test_gpu_long_sequence_equals_its_parts_chained():
 
 @pytest.mark.gpu
 def test_gpu_is_as_accurate_as_fp32_and_the_published_kernel_are():
-    """Each gradient within the published kernel's error, or two units of fp32 rounding.
+    """Each gradient within the published kernel's error, or one and a half units of fp32 rounding.
 
-    On an H200, D's gradient was 2.2e-7 from fp64 against the published kernel's 1.3e-7: one sum
+    On an H200, D's gradient was 1.5e-7 from fp64 against the published kernel's 1.3e-7: one sum
     over time and batch, whose order differs. The others were nearer than the published ones.
     """
     if reason := MAMBA_SSM.unavailable():
@@ -441,4 +441,4 @@ def test_gpu_is_as_accurate_as_fp32_and_the_published_kernel_are():
         our_error = ((ours[name] - want).norm() / scale).item()
         their_error = ((published[name] - want).norm() / scale).item()
         print(f"{name}: {our_error:.1e}, published {their_error:.1e}")
-        assert our_error <= max(their_error, 2 * torch.finfo(torch.float32).eps), name
+        assert our_error <= max(their_error, 1.5 * torch.finfo(torch.float32).eps), name

@@ -8,6 +8,7 @@ struct Tile {
     float dC[TILE];
     Element u[TILE], z[TILE], dy[TILE];  // of the thread's own channel
     float2 sums[TILE / 2];
+    float dD;
 };
 
 DEVICE void clear(float (&v)[4]) { v[0] = v[1] = v[2] = v[3] = 0.0f; }
@@ -100,7 +101,9 @@ DEVICE void finish_back(Own& own, const Lane& lane, const SharedTile& tile, Shar
     ddelta = q < target.remaining ? ddelta : 0.0f;
     write(target.du, q, multiply_add(own_dx, step, dy * own.D), q < target.remaining);
     write(target.ddelta, q, ddelta, q < target.remaining);
-    own.dD = multiply_add(dy, u, own.dD);
+    // Summed over the tile first: a quarter of the roundings of a sum over all steps.
+    t.dD = q == TILE - 1 ? dy * u : multiply_add(dy, u, t.dD);
+    if (q == 0) own.dD += t.dD;
     own.dbias += ddelta;
 }
 
