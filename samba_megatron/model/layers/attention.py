@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
-from samba_megatron.model.layers.base import RowGroups, linear_flops
+from samba_megatron.model.layers.base import RowGroups, SavedActivations, linear_flops
 from samba_megatron.ops.cost import attended_pairs, conv_flops
 
 if TYPE_CHECKING:
@@ -41,6 +41,13 @@ class WindowedAttentionKind:
         taps = conv_flops(1, heads + 2 * groups, model.d_conv) if model.short_convolution else 0
         pairs = attended_pairs(sequence_length, self.window(model))
         return projections + taps + 4 * heads * pairs / sequence_length
+
+    def saved_activations(self, model: ModelConfig) -> SavedActivations:
+        """The norm's input and output; queries, keys and values; the attention's output."""
+        d = model.hidden_size
+        heads, groups = model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
+        inner = (heads + 2 * groups) * (2 if model.short_convolution else 1)
+        return SavedActivations(d, d, inner=inner, inner_operands=heads, recomputable=0)
 
     def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
         """Kaiming-uniform; the output matrix scaled by the root of the residual branches."""

@@ -20,6 +20,26 @@ class RowGroups:
     groups: int = 1
 
 
+@dataclass(frozen=True)
+class SavedActivations:
+    """Numbers a token that a layer keeps for its backward pass, by what lays hands on them.
+
+    Operands are inputs of linear layers: a byte each where these are computed in FP8, like
+    everything else two bytes in bf16.
+    """
+
+    stream: int
+    """As wide as the residual stream: sequence parallelism alone splits them."""
+    stream_operands: int
+    """Operands of that width."""
+    inner: int
+    """Inside the layer: tensor parallelism splits them."""
+    inner_operands: int
+    """Operands inside the layer."""
+    recomputable: int
+    """Those of ``inner`` that recomputing this layer kind does without."""
+
+
 class LayerKind(Protocol):
     """One letter of the layer pattern. Counts are of the whole layer, unsplit, norm included.
 
@@ -37,6 +57,10 @@ class LayerKind(Protocol):
     def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
         """Floating-point operations of the forward pass of one layer, a token of a sequence of
         ``sequence_length``; a multiply-add counts two. The backward pass does twice as many."""
+        ...
+
+    def saved_activations(self, model: ModelConfig) -> SavedActivations:
+        """What one layer of the Transformer Engine backend keeps for its backward pass."""
         ...
 
     def spec(self, backend: "Backend") -> Any:

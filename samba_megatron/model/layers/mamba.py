@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
-from samba_megatron.model.layers.base import RowGroups, linear_flops
+from samba_megatron.model.layers.base import RowGroups, SavedActivations, linear_flops
 from samba_megatron.ops.cost import conv_flops, scan_flops
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ class MambaKind:
         d, e, r, n = model.hidden_size, model.d_inner, model.resolved_dt_rank, model.d_state
         products = linear_flops(d, 2 * e) + linear_flops(e, r + 2 * n) + linear_flops(r, e)
         return products + linear_flops(e, d) + conv_flops(1, e, model.d_conv) + scan_flops(1, e, n)
+
+    def saved_activations(self, model: ModelConfig) -> SavedActivations:
+        """The norm's input and output; x and z; the convolution's output, the step sizes and the
+        fused scan's states (fp32, one in 32); the gated output."""
+        d, e = model.hidden_size, model.d_inner
+        mixed = 2 * e + 2 * e * model.d_state // 32
+        return SavedActivations(d, d, inner=2 * e + mixed, inner_operands=e, recomputable=mixed)
 
     def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
         """Mamba's own values: S4D-real A, unit D, log-uniform step sizes."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform
-from samba_megatron.model.layers.base import RowGroups, linear_flops
+from samba_megatron.model.layers.base import RowGroups, SavedActivations, linear_flops
 
 if TYPE_CHECKING:
     from samba_megatron.model.backend import Backend
@@ -24,6 +24,11 @@ class MLPKind:
     def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
         """Three matrix products."""
         return 3 * linear_flops(model.hidden_size, model.ffn_hidden_size)
+
+    def saved_activations(self, model: ModelConfig) -> SavedActivations:
+        """The norm's input and output, gate and up, and their product."""
+        d, f = model.hidden_size, model.ffn_hidden_size
+        return SavedActivations(d, d, inner=2 * f, inner_operands=f, recomputable=2 * f)
 
     def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
         """Kaiming-uniform; the last matrix scaled by the root of the residual branches."""
