@@ -7,6 +7,7 @@ megatron: a planner, a submitter or a test can read a recipe in milliseconds.
 
 from samba_megatron.config.checkpoint import CheckpointConfig
 from samba_megatron.config.data import DataConfig
+from samba_megatron.config.faults import FaultsConfig
 from samba_megatron.config.kernels import KernelsConfig
 from samba_megatron.config.logging import LoggingConfig
 from samba_megatron.config.model import ModelConfig
@@ -19,6 +20,7 @@ from samba_megatron.config.training import TrainingConfig, ValidationConfig
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "FaultsConfig",
     "KernelsConfig",
     "LoggingConfig",
     "ModelConfig",

@@ -10,8 +10,11 @@ class DataConfig:
     data_path: list[str] = field(default_factory=list)
     """Training datasets: prefixes, or alternating weight and prefix (``[0.3, a, 0.7, b]``)."""
 
+    blend_file: list[str] = field(default_factory=list)
+    """Blend files instead of ``data_path``: sources with weights, caps on epochs, stages."""
+
     valid_data_path: list[str] = field(default_factory=list)
-    """Held-out datasets: prefixes. Without it ``split`` takes a part of ``data_path``."""
+    """Held-out datasets: prefixes, or blend files. Without it ``split`` takes a part of each."""
 
     split: str = "98,2,0"
     """Parts for training, validation and test when ``valid_data_path`` is not given."""

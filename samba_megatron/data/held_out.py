@@ -7,8 +7,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from samba_megatron.data.blend import check_datasets
-from samba_megatron.data.indexed import bin_path
+from samba_megatron.data.indexed import bin_path, check_dataset
 from samba_megatron.platform.errors import UserError
 
 
@@ -21,7 +20,7 @@ class HeldOutBlocks:
     def __init__(
         self, prefixes: Sequence[str], sequence_length: int, max_blocks: int | None = None
     ) -> None:
-        infos = check_datasets(prefixes)
+        infos = [check_dataset(prefix) for prefix in prefixes]
         self._block = sequence_length + 1
         self._tokens = [
             np.memmap(bin_path(info.prefix), mode="r", dtype=info.dtype) for info in infos

@@ -103,6 +103,12 @@ class IndexedWriter:
         self.documents = 0
         self.tokens = 0
         self.max_token_id = -1
+        self._digest = hashlib.sha256()
+
+    @property
+    def bin_sha256(self) -> str:
+        """SHA-256 of the data file as written so far."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +142,9 @@ class IndexedWriter:
             if low < 0 or high > np.iinfo(self._dtype).max:
                 raise ValueError(f"token ids {low}..{high} do not fit {self._dtype}")
             self.max_token_id = max(self.max_token_id, high)
-        self._bin.write(np.ascontiguousarray(tokens, dtype=self._dtype).data)
+        content = np.ascontiguousarray(tokens, dtype=self._dtype).data
+        self._digest.update(content)
+        self._bin.write(content)
         self._lengths.write(np.ascontiguousarray(lengths, dtype=np.int32).data)
         self.documents += len(lengths)
         self.tokens += len(tokens)
@@ -206,20 +214,24 @@ def read_index(prefix: str | Path) -> IndexInfo:
     Raises:
         UserError: the index is missing, foreign or truncated.
     """
-    lengths, pointers, marks, dtype = _map_index(prefix)
+    lengths, pointers, marks, dtype = map_index(prefix)
     tokens = int(pointers[-1]) // dtype.itemsize + int(lengths[-1]) if len(lengths) else 0
     return IndexInfo(str(prefix), dtype, len(lengths), len(marks) - 1, tokens)
 
 
 def sequence_lengths(prefix: str | Path) -> npt.NDArray[np.int32]:
     """Tokens in each sequence ``[sequences]``, memory-mapped."""
-    return _map_index(prefix)[0]
+    return map_index(prefix)[0]
 
 
-def _map_index(
+def map_index(
     prefix: str | Path,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64], np.dtype[Any]]:
-    """Maps an index: sequence lengths, byte offsets, document marks, and the data's dtype."""
+    """Maps an index: sequence lengths, byte offsets, document marks, and the data's dtype.
+
+    Raises:
+        UserError: the index is missing, foreign or truncated.
+    """
     path = idx_path(prefix)
     try:
         with open(path, "rb") as stream:
@@ -279,20 +291,24 @@ def check_dataset(prefix: str | Path, vocab_size: int | None = None) -> IndexInf
             "it is truncated or of another run, preprocess the corpus again"
         )
     if vocab_size is not None:
-        largest = _largest_sampled_id(info)
-        if largest >= vocab_size:
-            raise UserError(
-                f"the dataset {prefix} holds token id {largest}, outside the model's vocabulary of "
-                f"{vocab_size}: raise the model's vocab_size or use the matching tokenizer"
-            )
+        check_vocabulary(prefix, largest_sampled_id(info), vocab_size)
     return info
 
 
-def _largest_sampled_id(info: IndexInfo) -> int:
-    """The largest id in evenly spread chunks of the data, all of it when it is small."""
+def check_vocabulary(prefix: str | Path, largest_id: int, vocab_size: int) -> None:
+    """Refuses a dataset whose largest id is not below ``vocab_size``, with a UserError."""
+    if largest_id >= vocab_size:
+        raise UserError(
+            f"the dataset {prefix} holds token id {largest_id}, outside the model's vocabulary of "
+            f"{vocab_size}: raise the model's vocab_size or use the matching tokenizer"
+        )
+
+
+def largest_sampled_id(info: IndexInfo, chunks: int = _SCAN_CHUNKS) -> int:
+    """The largest id in evenly spread chunks of 256 KiB, in all of a dataset that is small."""
     tokens = np.memmap(bin_path(info.prefix), mode="r", dtype=info.dtype)
     chunk = _SCAN_CHUNK_BYTES // info.dtype.itemsize
-    starts = range(0, info.tokens, max(chunk, info.tokens // _SCAN_CHUNKS))
+    starts = range(0, info.tokens, max(chunk, info.tokens // chunks))
     return max(int(tokens[start : start + chunk].max()) for start in starts)
 
 

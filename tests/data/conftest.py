@@ -9,7 +9,8 @@ import pytest
 
 from samba_megatron.data.corpus import gather_corpus
 from samba_megatron.data.jsonl import read_texts
-from samba_megatron.data.preprocess import PreprocessOptions, preprocess
+from samba_megatron.data.preprocessing.options import PreprocessOptions
+from samba_megatron.data.preprocessing.run import preprocess
 from samba_megatron.data.tokenizer import train_tokenizer
 
 
