@@ -32,6 +32,7 @@ def _parse() -> argparse.Namespace:
     to_hf = commands.add_parser("to-hf", help="checkpoint → Hugging Face folder, with parity check")
     _add_checkpoint(to_hf)
     to_hf.add_argument("--output", type=Path, required=True, help="folder to make")
+    to_hf.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     to_hf.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as trained")
     to_hf.add_argument("--shard-size", default="5GB", help="largest file (default: 5GB)")
     to_hf.add_argument("--tokenizer", type=Path, help="default: the one the checkpoint names")
@@ -68,6 +69,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         ExportOptions(
             checkpoint=arguments.checkpoint,
             output=arguments.output,
+            overwrite=arguments.overwrite,
             dtype=arguments.dtype,
             shard_bytes=_bytes(arguments.shard_size),
             tokenizer=arguments.tokenizer,

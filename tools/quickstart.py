@@ -1,4 +1,5 @@
-"""The whole path on this machine: corpus, tokenizer, dataset, pre-training, resuming, loss curve.
+"""The whole path on this machine: corpus, tokenizer, dataset, pre-training, resuming, loss curve,
+the model in Hugging Face format and a text that it continues.
 
 Every phase is a command of its own, printed as it is run, so that it can be repeated and varied by
 hand; what an earlier quickstart has made is used again.
@@ -33,6 +34,7 @@ SEQUENCE_LENGTH = 256
 GLOBAL_BATCH_SIZE = 8
 LEARNING_RATE = 3e-3  # for a run this short
 EVAL_TOKENS = 32_768
+PROMPT = "def __init__(self, "
 
 console = Console(highlight=False)
 
@@ -122,7 +124,7 @@ def _parse_arguments() -> Settings:
     parser.add_argument(
         "--output", type=Path, default=Path("quickstart"), help="folder for everything (quickstart)"
     )
-    parser.add_argument("--steps", type=int, default=350, help="steps before the stop (350)")
+    parser.add_argument("--steps", type=int, default=330, help="steps before the stop (330)")
     parser.add_argument("--resume-steps", type=int, default=20, help="steps after it (20)")
     parser.add_argument(
         "--devices", type=int, help="processes (every GPU; without a GPU one a core, at most 2)"
@@ -187,7 +189,25 @@ def _phases(settings: Settings) -> list[Phase]:
     run = output / "run"
     first = Phase("train", _training(settings, settings.steps), [run / FILE_NAME], run)
     last = settings.steps + settings.resume_steps
-    return [*phases, first, Phase("resume", _training(settings, last), first.outputs)]
+    resumed = Phase("resume", _training(settings, last), first.outputs)
+    return [*phases, first, resumed, *_export(output)]
+
+
+def _export(output: Path) -> list[Phase]:
+    """To Hugging Face format, and a continuation by the code that lies there."""
+    exported = output / "huggingface"
+    convert = _tool(
+        *("convert_checkpoint.py", "to-hf", "--overwrite", "--output", exported),
+        *("--checkpoint", output / "run" / "checkpoints"),
+    )
+    write = _tool(
+        *("generate.py", "--model", exported, "--prompt", PROMPT),
+        *("--max-new-tokens", 60, "--temperature", 0.5),
+    )
+    return [
+        Phase("export", convert, [exported / "config.json"]),
+        Phase("generate", write, []),
+    ]
 
 
 def _tool(name: str, *arguments: object) -> list[str]:
@@ -333,6 +353,7 @@ def _places(output: Path) -> dict[str, str]:
         "checkpoints": f"{output}/run/checkpoints",
         "metrics": f"{output}/run/metrics.jsonl",
         "loss curve": f"{output}/loss.png",
+        "Hugging Face model": f"{output}/huggingface",
         "what each phase said": f"{output}/logs",
     }
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ LATEST = "latest"
 _NAME = re.compile(r"step_(\d{7,})")
 _UNFINISHED = re.compile(r"step_\d{7,}\.[0-9a-f]{8}\.(writing|deleting)")
 _FOREIGN_READER_SECONDS = 24 * 3600.0
+_NONE: Mapping[Path, str] = {}
 
 
 @dataclass
@@ -42,6 +43,12 @@ class Found:
     path: Path
     manifest: Manifest
     notices: list[str] = field(default_factory=list)
+    corrupt: list[str] = field(default_factory=list)
+    """Of the notices those on newer checkpoints that are damaged."""
+
+
+class NoGoodCheckpoint(UserError):
+    """A folder holds checkpoints, and every one is damaged."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -195,21 +202,24 @@ def is_being_read(path: Path) -> bool:
     return False
 
 
-def find_latest(folder: Path, check: bool = True) -> Found | None:
+def find_latest(
+    folder: Path, check: bool = True, damaged: Mapping[Path, str] = _NONE
+) -> Found | None:
     """The checkpoint that ``latest`` names or, where that is damaged, the newest good one before.
 
     Args:
         folder: a run's checkpoints.
         check: verify sizes and hashes; without, any readable manifest is believed.
+        damaged: checkpoints whose contents are known to be damaged, and how.
 
     Returns:
         None if the folder holds no checkpoint.
 
     Raises:
-        UserError: if it holds checkpoints and none is good.
+        NoGoodCheckpoint: if it holds checkpoints and none is good.
     """
     candidates = list_checkpoints(folder)
-    latest, notices = read_latest(folder), []
+    latest, notices, corrupt = read_latest(folder), [], []
     if latest is None:
         if not candidates:
             return None
@@ -221,20 +231,41 @@ def find_latest(folder: Path, check: bool = True) -> Found | None:
             notices.append(f"{folder / LATEST} names {latest}, which is not there")
     for _, path in reversed(candidates):
         try:
-            manifest = verify(path) if check else read_manifest(path)
+            manifest = _verified(path, check, damaged)
         except CorruptCheckpoint as reason:
-            notices.append(f"checkpoint {path} is corrupt: {reason}; trying the one before it")
+            corrupt.append(f"checkpoint {path} is corrupt: {reason}")
+            notices.append(f"{corrupt[-1]}; trying the one before it")
             continue
         if notices:
             notices.append(f"going on from {path}")
-        return Found(path, manifest, notices)
-    raise UserError(
+        return Found(path, manifest, notices, corrupt)
+    raise NoGoodCheckpoint(
         "; ".join([*notices, f"{folder} holds no good checkpoint"])
         + ": restore one, or choose another checkpoint.save to start anew"
     )
 
 
-def find_named(path: Path, check: bool = True) -> Found:
+def _verified(path: Path, check: bool, damaged: Mapping[Path, str]) -> Manifest:
+    if path in damaged:
+        raise CorruptCheckpoint(damaged[path])
+    return verify(path) if check else read_manifest(path)
+
+
+def find_before(
+    folder: Path, last_step: int, check: bool = True, damaged: Mapping[Path, str] = _NONE
+) -> Found | None:
+    """The newest good checkpoint of ``last_step`` or before; None if there is none."""
+    for step, path in reversed(list_checkpoints(folder)):
+        if step > last_step:
+            continue
+        try:
+            return Found(path, _verified(path, check, damaged))
+        except CorruptCheckpoint:
+            continue
+    return None
+
+
+def find_named(path: Path, check: bool = True, damaged: Mapping[Path, str] = _NONE) -> Found:
     """The checkpoint ``path``, or the latest one in the folder of checkpoints ``path``.
 
     Raises:
@@ -251,7 +282,7 @@ def find_named(path: Path, check: bool = True) -> Found:
                 f"{path} is a sharded checkpoint, but not one that Samba-Megatron published: it "
                 f"has no {FILE_NAME}"
             )
-        found = find_latest(path, check)
+        found = find_latest(path, check, damaged)
         if found is None:
             raise UserError(
                 f"{path} holds no checkpoint of Samba-Megatron (step_…/{FILE_NAME}): check "
@@ -259,7 +290,7 @@ def find_named(path: Path, check: bool = True) -> Found:
             )
         return found
     try:
-        return Found(path, verify(path) if check else read_manifest(path))
+        return Found(path, _verified(path, check, damaged))
     except CorruptCheckpoint as reason:
         raise UserError(f"checkpoint {path} is corrupt: {reason}; load another one") from None
 

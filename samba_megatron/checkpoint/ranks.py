@@ -28,6 +28,15 @@ def on_rank_0[T](action: Callable[[], T]) -> T:
     return result
 
 
+def gathered[T](value: T) -> list[T]:
+    """The values of all ranks, by rank, on rank 0; elsewhere []."""
+    values: list[Any] | None = None
+    if rank() == 0:
+        values = [None] * torch.distributed.get_world_size()
+    torch.distributed.gather_object(value, values, dst=0)
+    return values or []
+
+
 def total(value: float) -> float:
     """Sum over all ranks, exact below 2**53."""
     return _reduced(value, torch.distributed.ReduceOp.SUM)

@@ -36,13 +36,17 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0
-    """Training sequences consumed."""
+    """Training sequences consumed, those that a rollback went past too: the place in the data."""
     consumed_tokens: int = 0
-    """Training tokens consumed."""
+    """Training tokens of the steps done."""
     data_identity: dict[str, Any] = field(default_factory=dict)
     """What the data are (paths, hashes, seeds), as the data layer says it."""
+    data_consumed: dict[str, Any] = field(default_factory=dict)
+    """The ledger of samples by source (``BlendedSamples.ledger``)."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration of the run (``dataclasses.asdict(run_config)``)."""
+    faults: dict[str, Any] = field(default_factory=dict)
+    """What the loop remembers of steps that it has not taken."""
 
 
 @dataclass
@@ -208,16 +212,16 @@ def estimate_bytes(state: TrainState) -> int:
 
 def is_finite(state: TrainState) -> bool:
     """Whether every weight and every number of the optimizer is finite, on every rank."""
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    # An optimizer may count its steps on the CPU beside moments on the device.
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in _numbers(state):
         # Quantised tensors are subclasses; their fp32 copies are among the optimizer's.
         if tensor.dtype in _PLAIN_FLOATS and tensor.numel() and _is_plain(tensor):
-            by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
-    largest = [
-        torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).isfinite().all()
-        for tensors in by_dtype.values()
-    ]
-    here = bool(torch.stack(largest).all().item()) if largest else True
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
+    here = all(
+        torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).isfinite().all().item()
+        for tensors in alike.values()
+    )
     return not distributed.any_rank(not here)
 
 

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 import samba_megatron
 from samba_megatron.checkpoint import folder, manifest, match, ranks, state, writer
+from samba_megatron.checkpoint.finding import Finder, SavedRun
 from samba_megatron.checkpoint.manifest import Manifest
 from samba_megatron.checkpoint.state import Progress, TrainState
 from samba_megatron.config import CheckpointConfig
@@ -60,30 +61,6 @@ class SaveReport:
     """Checking, publishing and retention, after the last rank had written."""
 
 
-@dataclass(frozen=True)
-class SavedRun:
-    """A checkpoint to start from, as far as it is known before a model is built."""
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The resolved configuration that it was saved with."""
-        return self.manifest.config
-
-    @property
-    def progress(self) -> Progress:
-        """How far the run had come."""
-        return Progress(
-            step=self.manifest.step,
-            consumed_samples=self.manifest.consumed_samples,
-            consumed_tokens=self.manifest.consumed_tokens,
-            data_identity=self.manifest.data_identity,
-            config=self.manifest.config,
-        )
-
-
 @dataclass
 class _Pending:
     """A save that is not yet published."""
@@ -109,6 +86,7 @@ class CheckpointStore:
         self._config = config
         self._notice = notice if ranks.rank() == 0 else _ignore
         self._folder = Path(config.save) if config.save else None
+        self._finder = Finder(config)
         self._results = writer.WriteResults()
         self._queue = AsyncCallsQueue(persistent=False)
         self._strategy = _save_strategy(config)
@@ -127,10 +105,11 @@ class CheckpointStore:
         is built; None for a fresh start.
 
         Raises:
-            UserError: if there are checkpoints but none is good, or ``config.load`` names none.
+            ExitWith: code HOLD, if there are checkpoints but none is good.
+            UserError: if ``config.load`` names none.
         """
-        found = self._find()
-        return SavedRun(found.path, found.manifest) if found else None
+        found = self._finder.to_start_from()
+        return SavedRun(found.path, found.manifest, found.corrupt) if found else None
 
     def load(self, train_state: TrainState) -> Progress | None:
         """Restores ``train_state`` in place from ``config.save`` or, if that has none yet, from
@@ -141,9 +120,10 @@ class CheckpointStore:
             (``config.load_weights_only``, and nothing in ``config.save``); None for a fresh start.
 
         Raises:
-            UserError: as :meth:`find`, or if the checkpoint holds another model.
+            ExitWith: as :meth:`find`.
+            UserError: likewise, or if the checkpoint holds another model.
         """
-        found = self._find()
+        found = self._finder.to_start_from()
         if found is None:
             return None
         for notice in found.notices:
@@ -156,6 +136,22 @@ class CheckpointStore:
             progress = self._load_all(train_state, found)
         if resuming:
             self._newest = progress.step
+        return progress
+
+    def go_back(self, train_state: TrainState, last_step: int) -> Progress | None:
+        """Restores ``train_state`` in place from the newest good checkpoint of this run that is of
+        ``last_step`` or before, once a save that is under way is published.
+
+        Returns:
+            The progress that was saved with it; None, with nothing changed, if there is none.
+        """
+        self._publish_earlier(blocking=True)
+        found = self._finder.before(last_step)
+        if found is None:
+            return None
+        with _reading_on_rank_0(found.path):
+            progress = self._load_all(train_state, found)
+        self._newest = progress.step
         return progress
 
     def preflight(self, train_state: TrainState) -> None:
@@ -224,15 +220,6 @@ class CheckpointStore:
 
     # Finding and loading
 
-    def _find(self) -> folder.Found | None:
-        check, load = self._config.verify_on_load, self._config.load
-
-        def find() -> folder.Found | None:
-            found = folder.find_latest(self._folder, check) if self._folder else None
-            return folder.find_named(Path(load), check) if found is None and load else found
-
-        return ranks.on_rank_0(find)
-
     def _load_weights(self, train_state: TrainState, found: folder.Found) -> None:
         state.apply_weights(
             train_state, self._read(state.assemble_weights(train_state), train_state, found)
@@ -299,7 +286,7 @@ class CheckpointStore:
         parameters = self._count_parameters(train_state)
         writing = ranks.on_rank_0(lambda: folder.begin(target, step))
         content = state.assemble(train_state)
-        self._results.clear()
+        self._results.clear(writing)
         writer.install_results(self._results)
         request = dist_checkpointing.save(
             content,
@@ -359,8 +346,11 @@ class CheckpointStore:
         started, pending = time.monotonic(), self._pending
         assert pending is not None and self._folder is not None
         files, seconds = ranks.total(pending.files), ranks.largest(self._results.seconds)
+        for checksums in ranks.gathered(self._results.checksums):
+            pending.manifest.checksums |= checksums
         path, size, aside = ranks.on_rank_0(lambda: self._publish(pending, int(files)))
         self._remove_in_background(aside)
+        self._finder.forget(path)
         self._pending, self._newest = None, pending.manifest.step
         self._reports.append(
             SaveReport(
@@ -438,6 +428,7 @@ def _manifest(progress: Progress, parameters: int) -> Manifest:
         config=progress.config,
         config_sha256=manifest.config_hash(progress.config),
         data_identity=progress.data_identity,
+        data_consumed=progress.data_consumed,
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
         rerun_pending=state.rerun_is_pending(),
         metadata_sha256="",

@@ -13,11 +13,14 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+from samba_megatron.checkpoint.manifest import file_checksum
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
 
@@ -33,20 +36,24 @@ class WriteResults:
         self._memory = os.memfd_create("checkpoint-write-results")
         self.clear()
 
-    def clear(self) -> None:
-        """Forgets an earlier write."""
+    def clear(self, folder: Path | None = None) -> None:
+        """Forgets an earlier write; the next is into ``folder`` (None: unknown, no checksums)."""
         os.ftruncate(self._memory, 0)
+        self._folder = folder
         self._started = time.monotonic()
         self.seconds = 0.0
         self.common_state: Any = None
+        self.checksums: dict[str, str] = {}
 
     def start_clock(self) -> None:
         """Called where the writing begins."""
         self._started = time.monotonic()
 
     def put(self, results: Any) -> None:
-        """Called where the writing has ended."""
-        data = pickle.dumps((time.monotonic() - self._started, results))
+        """Called where the writing has ended: reads the files once more, for their checksums."""
+        folder, names = self._folder, _files(results)
+        checksums = {name: file_checksum(folder / name) for name in names} if folder else {}
+        data = pickle.dumps((time.monotonic() - self._started, checksums, results))
         written = 0
         while written < len(data):
             written += os.pwrite(self._memory, data[written:], written)
@@ -62,10 +69,17 @@ class WriteResults:
             raise queue.Empty
         with os.fdopen(os.dup(self._memory), "rb") as file:
             file.seek(0)
-            self.seconds, results = pickle.load(file)
+            self.seconds, self.checksums, results = pickle.load(file)
         os.ftruncate(self._memory, 0)
         self.common_state = _find_common_state(results)
         return results
+
+
+def _files(results: Any) -> set[str]:
+    """Names of the files that this rank wrote."""
+    if not isinstance(results, dict):
+        return set()
+    return {result.storage_data.relative_path for worker in results.values() for result in worker}
 
 
 def _find_common_state(results: Any) -> Any:

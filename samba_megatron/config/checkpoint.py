@@ -39,4 +39,8 @@ class CheckpointConfig:
     """Every data-parallel rank reads a part and the parts are exchanged."""
 
     verify_on_load: bool = True
-    """Compare file sizes and the metadata's hash with those recorded at save before reading."""
+    """Compare sizes, hashes and checksums with those recorded at save before a checkpoint is taken;
+    all ranks share the reading."""
+
+    fall_back: bool = True
+    """Where the latest checkpoint is corrupt, take the one before it; else end with code 76."""

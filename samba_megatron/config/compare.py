@@ -7,13 +7,11 @@ mathematics stay. Where and how it computes is free, and what a person may well 
 
 from collections.abc import Mapping
 from enum import Enum
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from samba_megatron.config.fields import flatten, run_fields, run_groups
 from samba_megatron.config.load import from_dict
 from samba_megatron.config.pattern import layer_symbols
-from samba_megatron.config.rules.run import weight_of, weighted
 from samba_megatron.config.run import RunConfig
 from samba_megatron.config.units import format_tokens
 from samba_megatron.platform.errors import UserError
@@ -79,7 +77,9 @@ CHANGES: Mapping[str, Change] = {
     "kernels.causal_conv1d": _FREE,
     "kernels.windowed_attention": _FREE,
     "kernels.cross_entropy": _FREE,
-    "data.data_path": _FIXED,  # the datasets' names and weights; their folder may change
+    # The datasets themselves are compared, not what they are called (data.identity).
+    "data.data_path": _FREE,
+    "data.blend_file": _FREE,
     "data.valid_data_path": _NOTICE,
     "data.split": _FIXED,  # where it is used: without valid_data_path
     "data.path_to_cache": _FREE,
@@ -134,8 +134,19 @@ CHANGES: Mapping[str, Change] = {
     "checkpoint.fully_parallel_save": _FREE,
     "checkpoint.fully_parallel_load": _FREE,
     "checkpoint.verify_on_load": _FREE,
+    "checkpoint.fall_back": _FREE,
+    "faults.watchdog": _FREE,
+    "faults.hang_timeout_minutes": _FREE,
+    "faults.skip_spikes": _NOTICE,
+    "faults.spike_window": _NOTICE,
+    "faults.spike_zscore": _NOTICE,
+    "faults.max_skips_in_row": _NOTICE,
+    "faults.max_skipped_steps": _FREE,
+    "faults.max_rollbacks": _FREE,
     "logging.log_interval": _FREE,
     "logging.progress": _FREE,
+    "logging.mlflow_tracking_uri": _FREE,
+    "logging.mlflow_experiment": _FREE,
 }
 """Every field of the configuration, and what it means that it changed."""
 
@@ -214,10 +225,8 @@ def _differences(before: RunConfig, after: RunConfig) -> list[_Difference]:
     for name, change in CHANGES.items():
         saved, current = _meaning(name, before), _meaning(name, after)
         if saved == current:
-            if name != "data.data_path" or saved_values[name] == current_values[name]:
-                continue
-            change = Change.NOTICE  # the same datasets in another folder, or written otherwise
-        elif name == "model.hybrid_layer_pattern" and saved.replace("F", "*") == current.replace(
+            continue
+        if name == "model.hybrid_layer_pattern" and saved.replace("F", "*") == current.replace(
             "F", "*"
         ):
             change = Change.FIXED  # a window more or less leaves the weights as they are
@@ -241,26 +250,12 @@ def _meaning(name: str, config: RunConfig) -> Any:
             return model.head_dim
         case "model.dt_rank":
             return model.resolved_dt_rank
-        case "data.data_path":
-            return _blend(data.data_path)
         case "data.split":
             return "unused (data.valid_data_path is given)" if data.valid_data_path else data.split
         case "optimizer.weight_decay_exempt":
             return sorted(set(config.optimizer.weight_decay_exempt))
         case _:
             return flatten(config)[name]
-
-
-def _blend(entries: list[str]) -> list[tuple[str, float | None]]:
-    """The datasets' names with their share of the samples; None where sizes decide."""
-    if not weighted(entries):
-        return [(PurePath(entry).name, None) for entry in entries]
-    weights = [weight_of(entry) or 0.0 for entry in entries[::2]]
-    whole = sum(weights) or 1.0
-    return [
-        (PurePath(prefix).name, round(weight / whole, 9))
-        for weight, prefix in zip(weights, entries[1::2], strict=False)
-    ]
 
 
 def _show(name: str, value: Any) -> str:

@@ -13,3 +13,10 @@ class LoggingConfig:
 
     progress: Literal["auto", "live", "plain"] = "auto"
     """A live panel, or plain lines; ``auto`` is live on a terminal."""
+
+    mlflow_tracking_uri: str | None = None
+    """Send the metrics to MLflow as well: ``sqlite:////path/mlflow.db``, ``http://host:port``, …; a
+    process of its own does it, so that a slow or dead service costs the training nothing."""
+
+    mlflow_experiment: str = "samba"
+    """MLflow's experiment; a run and all its resumes are one MLflow run in it."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from samba_megatron.config.checkpoint import CheckpointConfig
 from samba_megatron.config.data import DataConfig
+from samba_megatron.config.faults import FaultsConfig
 from samba_megatron.config.kernels import KernelsConfig
 from samba_megatron.config.logging import LoggingConfig
 from samba_megatron.config.model import ModelConfig
@@ -33,4 +34,5 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

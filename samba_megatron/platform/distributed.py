@@ -103,6 +103,8 @@ def initialize(parallel: "ParallelConfig") -> Rank:
                 rank_specific=True,
             )
         torch.cuda.set_device(rank.local_rank)
+    # torch remembers the last collectives of each rank, for the report on a hang.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if not torch.distributed.is_initialized():
         _set_single_process_defaults()
         torch.distributed.init_process_group(
@@ -147,11 +149,25 @@ def process_groups() -> "ProcessGroupCollection":
 
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is true on any rank; every rank must call it."""
+    return bool(largest(int(flag)))
+
+
+def largest(number: int) -> int:
+    """The largest ``number`` of any rank; every rank must call it."""
     import torch
 
-    value = torch.tensor([int(flag)], dtype=torch.int32, device=device())
+    value = torch.tensor([number], dtype=torch.int32, device=device())
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return bool(value.item())
+    return int(value.item())
+
+
+def gather_text(text: str) -> list[str]:
+    """Every rank's ``text``, by rank, on every rank; every rank must call it."""
+    import torch
+
+    texts: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(texts, text)
+    return [str(item) for item in texts]
 
 
 def leave_layout() -> None:

@@ -22,12 +22,16 @@ class UserError(Exception):
 
 
 class ExitWith(Exception):
-    """Ends a command with ``code`` after an orderly stop; ``reason`` is printed."""
+    """Ends a command with ``code`` after an orderly stop; ``reason`` is printed.
 
-    def __init__(self, code: ExitCode, reason: str) -> None:
+    ``cause`` is one of the ledger's causes where the code alone does not tell it.
+    """
+
+    def __init__(self, code: ExitCode, reason: str, cause: str = "") -> None:
         super().__init__(reason)
         self.code = code
         self.reason = reason
+        self.cause = cause
 
 
 def run_command(main: Callable[[], object]) -> NoReturn:

@@ -1,5 +1,7 @@
-"""What the devices can do: names and peak rates, for utilisation figures."""
+"""What the machine is: its node's name, its devices' names and peak rates."""
 
+import os
+import socket
 from typing import Literal
 
 Precision = Literal["bf16", "fp8", "fp32"]
@@ -14,6 +16,11 @@ _PEAKS: dict[str, dict[Precision, float]] = {
     "B200": {"bf16": 2250e12, "fp8": 4500e12, "fp32": 80e12},
     "GB200": {"bf16": 2500e12, "fp8": 5000e12, "fp32": 80e12},
 }
+
+
+def node_name() -> str:
+    """This node's name as the scheduler knows it, else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:

@@ -38,6 +38,8 @@ class Cause(StrEnum):
     """A loss or gradient was not finite, again and again."""
     BAD_NODE = "bad node"
     """A node failed its check, or computed something it could not repeat."""
+    CHECKPOINT = "corrupt checkpoint"
+    """No checkpoint of the run is whole."""
     USER_STOP = "user stop"
     """A person asked for the stop; the state is saved."""
     USER_ERROR = "user error"

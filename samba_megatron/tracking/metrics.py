@@ -1,9 +1,10 @@
 """``metrics.jsonl``: one JSON object a line, written before anything else hears of it.
 
 Kinds: ``start`` (layout, kernels, sizes), ``train`` (one a step), ``validation`` (one a context
-length), ``checkpoint`` (one a published save), ``end`` (reason and exit code). A resumed run
-appends; steps that a killed run had done after its last checkpoint appear again: readers take
-the last line of a step (:func:`read_metrics` does).
+length), ``checkpoint`` (one a published save), ``skipped`` (a step not taken), ``rollback`` (to an
+older checkpoint), ``end`` (reason and exit code). A resumed run appends; steps that a killed run
+had done after its last checkpoint appear again: readers take the last line of a step
+(:func:`read_metrics` does).
 """
 
 import json

@@ -6,6 +6,7 @@ there is no GPU, goes in before megatron.
 """
 
 import dataclasses
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from samba_megatron.config import RunConfig
 from samba_megatron.config.checks import check_config
 from samba_megatron.platform import distributed
 from samba_megatron.platform.exits import ExitCode
+from samba_megatron.training.endings import RunLog
 from samba_megatron.training.signals import StopRequest
+
+_SECONDS_TO_LEAVE = 60
 
 
 def train(config: RunConfig) -> ExitCode:
@@ -26,9 +30,15 @@ def train(config: RunConfig) -> ExitCode:
     Raises:
         UserError: for wrong input, before the first step.
     """
+    config = resolve_paths(config)
+    log = RunLog(Path(str(config.run_dir)), Path(str(config.checkpoint.save)))
+    with log.failures_recorded():
+        return _train(config, log)
+
+
+def _train(config: RunConfig, log: RunLog) -> ExitCode:
     stop = StopRequest(config.training.exit_signals)
     start = time.perf_counter()
-    config = resolve_paths(config)
     rank = join_world(config)
     phases = {"imports and world": time.perf_counter() - start}
 
@@ -36,11 +46,26 @@ def train(config: RunConfig) -> ExitCode:
     from samba_megatron.training.setup import set_up
 
     run = set_up(config, rank, phases)
+    loop = Loop(run, stop, log)
     try:
-        return Loop(run, stop).run_to_end()
+        code = loop.run_to_end()
+    except BaseException as error:
+        loop.watchdog.judge(error)
+        _end_in_any_case()
+        raise
     finally:
         run.console.stop()
-        distributed.leave_layout()
+        loop.watchdog.stop()
+    # Not after an exception: the peers may be anywhere, and leaving together would wait for them.
+    distributed.leave_layout()
+    return code
+
+
+def _end_in_any_case() -> None:
+    """A failed process must go, so that the launcher ends its peers: where the libraries' clean-up
+    waits for those, the kernel ends it."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_SECONDS_TO_LEAVE)
 
 
 def join_world(config: RunConfig) -> distributed.Rank:

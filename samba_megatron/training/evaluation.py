@@ -105,6 +105,6 @@ def _fill_up(batches: list[Batch | None], config: RunConfig) -> list[Batch | Non
 
 
 def _prefixes(paths: Sequence[str]) -> list[str]:
-    from samba_megatron.data.blend import parse_blend
+    from samba_megatron.data.blend import validation_blend
 
-    return parse_blend(list(paths), "valid_data_path").prefixes
+    return validation_blend(paths).prefixes

@@ -2,42 +2,66 @@
 
 import gc
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from samba_megatron.checkpoint.state import Progress
 from samba_megatron.data.stream import Batch
 from samba_megatron.platform import distributed, hardware
 from samba_megatron.platform.exits import ExitCode
+from samba_megatron.tracking import shipping
+from samba_megatron.tracking.ledger import Cause
 from samba_megatron.tracking.metrics import MetricsFile
 from samba_megatron.training.data_parallel import whole_parameters
+from samba_megatron.training.endings import RunLog
 from samba_megatron.training.evaluation import Evaluator
 from samba_megatron.training.report import Rates, start_record
+from samba_megatron.training.rollback import Recovery
 from samba_megatron.training.setup import Run
-from samba_megatron.training.signals import StopRequest
+from samba_megatron.training.signals import Stop, StopRequest
+from samba_megatron.training.spikes import SkippedStep, SpikeGuard, watch_grad_norm
 from samba_megatron.training.step import NonFiniteStep, Stopwatch, needs_data, train_step
+from samba_megatron.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from samba_megatron.data.stream import SampleStream
 
 
 class Loop:
     """One process's part in a run that is set up."""
 
-    def __init__(self, run: Run, stop: StopRequest) -> None:
+    def __init__(self, run: Run, stop: StopRequest, log: RunLog) -> None:
+        self.run, self.stop, self.log, self.config = run, stop, log, run.config
+        self.schedule: Any = run.state.scheduler
+        self.chunks = run.state.model
+        self.metrics = MetricsFile(run.run_dir) if run.rank.rank == 0 else None
+        self.shipper: shipping.Process | None = None
+        self.watchdog = Watchdog(log, run.config, run.rank.rank)
+        self.evaluator = Evaluator(run.config, run.valid_dataset)
+        self.rates = Rates(run.config, run.rank.world_size)
+        self.stream = self._open_stream()
+        self.guard = self.recovery = None
+        if run.config.faults.skip_spikes:
+            self.guard = SpikeGuard(run.config.faults, self.progress.faults)
+            watch_grad_norm(run.state.optimizer, self.guard.check_grad_norm)
+            self.recovery = Recovery(run, self.guard, log, self.metrics)
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        return self.run.state.progress
+
+    def _open_stream(self) -> "SampleStream":
         from megatron.core import parallel_state
 
         from samba_megatron.data.stream import SampleStream
 
-        self.run, self.stop, self.config = run, stop, run.config
-        self.schedule: Any = run.state.scheduler
-        self.chunks, self.progress = run.state.model, run.state.progress
-        self.metrics = MetricsFile(run.run_dir) if run.rank.rank == 0 else None
-        self.evaluator = Evaluator(run.config, run.valid_dataset)
-        self.rates = Rates(run.config, run.rank.world_size)
-        self.started = time.monotonic()
-        self.stream = SampleStream(
-            run.train_dataset,
-            run.config.training.micro_batch_size,
+        return SampleStream(
+            self.run.train_dataset,
+            self.config.training.micro_batch_size,
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             consumed_samples=self.progress.consumed_samples,
-            read_ahead=run.config.data.num_workers,
+            read_ahead=self.config.data.num_workers,
             pin_memory=distributed.device_type() == "cuda",
         )
 
@@ -49,41 +73,64 @@ class Loop:
         if self.config.training.gc_interval:
             gc.disable()
         self.run.console.start(self.progress.step, self.run.length.steps)
-        reason = self._stop_reason()
-        while reason is None:
+        minutes = self.config.training.exit_duration_minutes
+        self.stop.begin(self.run.run_dir, self.run.rank.rank == 0, minutes)
+        stop = self._stop()
+        while stop is None:
             try:
                 self._step()
-            except NonFiniteStep as stop:
-                return self._end_on_non_finite(stop)
+            except NonFiniteStep as bad:
+                return self._end_on_non_finite(bad)
             self._between_steps()
-            reason = self._stop_reason()
-        return self._end(*reason)
+            stop = self._stop()
+        return self._end(stop)
 
     def _step(self) -> None:
+        self.watchdog.step(self.progress.step + 1)
         watch = Stopwatch()
         start = time.perf_counter()
-        size = self.run.batches.global_batch_size(self.progress.consumed_samples)
+        length = self.config.data.sequence_length
+        size = self.run.batches.global_batch_size(self.progress.consumed_tokens // length)
         with watch.measure("data"):
             micro_batches = self.stream.next_global_batch(size)
+            if not needs_data():
+                self.run.train_dataset.follow(self.progress.consumed_samples)
             stride = self.config.training.micro_batch_size * self.rates.data_parallel_size
             batches: list[Batch | None] = (
                 list(micro_batches) if needs_data() else [None] * (size // stride)
             )
-        result = train_step(
-            self.chunks,
-            self.run.state.optimizer,
-            batches,
-            self.config.data.sequence_length,
-            self.config.training.micro_batch_size,
-        )
+        optimizer, micro_batch = self.run.state.optimizer, self.config.training.micro_batch_size
+        lr = learning_rate(optimizer)
+        try:
+            result = train_step(self.chunks, optimizer, batches, length, micro_batch, self.guard)
+        except SkippedStep as skipped:
+            self._advance(size)
+            return self._skip(skipped)
+        self._advance(size)
+        if self.guard is not None:
+            self.guard.taken(result.loss, result.grad_norm)
+        seconds = {**watch.seconds, **result.seconds, "step": time.perf_counter() - start}
+        self._record_step(result.loss, result.grad_norm, lr, size, size * length, seconds)
+
+    def _advance(self, size: int) -> None:
+        """A step is behind us, taken or not: the schedule and the data go on."""
         tokens = size * self.config.data.sequence_length
-        lr = learning_rate(self.run.state.optimizer)
         self.schedule.step(tokens)
         self.progress.step += 1
+        self.log.step = self.progress.step
         self.progress.consumed_samples += size
         self.progress.consumed_tokens += tokens
-        seconds = {**watch.seconds, **result.seconds, "step": time.perf_counter() - start}
-        self._record_step(result.loss, result.grad_norm, lr, size, tokens, seconds)
+
+    def _skip(self, skipped: SkippedStep) -> None:
+        assert self.recovery is not None
+        self.recovery.record(skipped)
+        if not self.recovery.is_wanted:
+            return
+        self.stream.close()
+        with self.watchdog.phase("save"):
+            self._report_save(self.run.store.wait())
+            self.recovery.roll_back()
+        self.stream = self._open_stream()
 
     def _record_step(
         self,
@@ -132,7 +179,8 @@ class Loop:
         if not self.evaluator.has_data:
             return
         start = time.perf_counter()
-        with whole_parameters(self.chunks, self.config.parallel.overlap_param_gather):
+        gathered = whole_parameters(self.chunks, self.config.parallel.overlap_param_gather)
+        with self.watchdog.phase("validation"), gathered:
             results = self.evaluator.evaluate(self.chunks)
         for result in results:
             text = f"validation at {result.sequence_length} tokens: loss {result.loss:.4f}, "
@@ -153,8 +201,19 @@ class Loop:
 
     def save(self, blocking: bool) -> None:
         """Saves the state; in the background unless ``blocking``."""
-        with whole_parameters(self.chunks, self.config.parallel.overlap_param_gather):
+        self._count_data()
+        gathered = whole_parameters(self.chunks, self.config.parallel.overlap_param_gather)
+        with self.watchdog.phase("save"), gathered:
+            self.progress.faults = self.guard.state() if self.guard else {}
             self._report_save(self.run.store.save(self.run.state, blocking=blocking))
+
+    def _count_data(self) -> None:
+        """Brings the ledger of samples by source up to date, and records it."""
+        consumed, samples = self.progress.consumed_samples, self.run.train_dataset
+        self.progress.data_consumed = samples.ledger(consumed)
+        if self.metrics:
+            by_source = samples.consumed_by_source(consumed)
+            self.metrics.write("data", step=self.progress.step, consumed_by_source=by_source)
 
     def _report_save(self, report: Any) -> None:
         if report is None:
@@ -175,56 +234,57 @@ class Loop:
                 commit_seconds=report.commit_seconds,
             )
 
-    def _stop_reason(self) -> tuple[ExitCode, str] | None:
-        """Why to stop now, if at all; the same on every rank."""
-        training, step = self.config.training, self.progress.step
-        if step >= self.run.length.steps:
-            return ExitCode.DONE, f"all {self.run.length.steps} steps are done"
-        if training.exit_step is not None and step >= training.exit_step:
-            return ExitCode.REQUEUE, f"training.exit_step {training.exit_step} is reached"
-        minutes = (time.monotonic() - self.started) / 60
-        limit = training.exit_duration_minutes
-        out_of_time = limit is not None and minutes >= limit
-        if not distributed.any_rank(self.stop.received is not None or out_of_time):
-            return None
-        if self.stop.received is not None:
-            return ExitCode.REQUEUE, f"signal {self.stop.received} was received"
-        if out_of_time:
-            return ExitCode.REQUEUE, f"training.exit_duration_minutes {limit} is over"
-        return ExitCode.REQUEUE, "another rank was asked to stop"
+    def _stop(self) -> Stop | None:
+        """Whether to stop now, and why; the same on every rank."""
+        step, last, wanted = self.progress.step, self.run.length.steps, self.config.training
+        if step >= last:
+            return Stop(ExitCode.DONE, Cause.DONE, f"all {last} steps are done")
+        if wanted.exit_step is not None and step >= wanted.exit_step:
+            reason = f"training.exit_step {wanted.exit_step} is reached"
+            return Stop(ExitCode.REQUEUE, Cause.USER_STOP, reason)
+        return self.stop.explain(distributed.largest(self.stop.wish()))
 
-    def _end(self, code: ExitCode, reason: str) -> ExitCode:
+    def _end(self, stop: Stop) -> ExitCode:
         self.run.console.stop()
-        done = code is ExitCode.DONE
+        done = stop.code is ExitCode.DONE
         if done and self.config.validation.eval_at_end:
             self.validate()
-        self._report_save(self.run.store.wait())
+        with self.watchdog.phase("save"):
+            self._report_save(self.run.store.wait())
         if not done or self.config.checkpoint.save_at_end:
             self.save(blocking=True)
-        self._close(code, reason)
-        return code
+        else:
+            self._count_data()
+        self.stop.obeyed()
+        return self._close(stop)
 
-    def _end_on_non_finite(self, stop: NonFiniteStep) -> ExitCode:
+    def _end_on_non_finite(self, bad: NonFiniteStep) -> ExitCode:
         """No weight has changed: the state before the bad step is worth keeping for a person.
 
         The folder's ``latest`` is at most that state, so nothing non-finite is ever resumed.
         """
         self.run.console.stop()
         step = self.progress.step + 1
-        reason = f"step {step}: {stop.reason}; the state before it is saved, nothing after it"
-        self._report_save(self.run.store.wait())
+        reason = f"step {step}: {bad.reason}; the state before it is saved, nothing after it"
+        with self.watchdog.phase("save"):
+            self._report_save(self.run.store.wait())
         if self.progress.step > 0:
             self.save(blocking=True)
-        self._close(stop.code, reason)
-        return stop.code
+        cause = Cause.NON_FINITE if bad.code is ExitCode.HOLD else Cause.BAD_NODE
+        return self._close(Stop(bad.code, cause, reason, bad.node))
 
-    def _close(self, code: ExitCode, reason: str) -> None:
+    def _close(self, stop: Stop) -> ExitCode:
         self.run.store.close()
         self.stream.close()
-        self.run.console.say(f"ended with code {int(code)}: {reason}")
+        self.watchdog.stop()
+        self.run.console.say(f"ended with code {int(stop.code)}: {stop.reason}")
         if self.metrics:
-            self.metrics.write("end", step=self.progress.step, exit_code=int(code), reason=reason)
+            step, code = self.progress.step, int(stop.code)
+            self.metrics.write("end", step=step, exit_code=code, reason=stop.reason)
             self.metrics.close()
+            self.log.end(stop.code, stop.cause, stop.reason, stop.bad_node)
+            shipping.let_finish(self.shipper)
+        return stop.code
 
     def _announce(self) -> None:
         run = self.run
@@ -233,8 +293,16 @@ class Loop:
             run.console.facts(title, rows)
         if run.resumed:
             run.console.say(f"resuming after step {self.progress.step}")
+        self.log.step = self.progress.step
+        nodes = distributed.gather_text(hardware.node_name())
+        stamp = distributed.gather_text(time.strftime("%Y%m%d-%H%M%S"))[0]
+        self.watchdog.start(nodes, stamp)
         if self.metrics:
             self.metrics.write("start", step=self.progress.step, **record.values)
+            self.shipper = shipping.beside(self.config)
+            self.log.start(nodes, steps=run.length.steps, resumed=run.resumed)
+        if run.corrupt_checkpoints:
+            self.log.note("fallback", corrupt=run.corrupt_checkpoints)
 
 
 def learning_rate(optimizer: Any) -> float:

@@ -1,5 +1,6 @@
 """Figures about a run: what it is at the start, how fast each step was."""
 
+import dataclasses
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -95,12 +96,14 @@ def start_record(run: Run) -> StartRecord:
         "kernels": kernels,
         "versions": versions,
         "phases": phases,
+        "config": dataclasses.asdict(config),
         "run": {"steps": run.length.steps, "tokens": run.length.tokens, "resumed": run.resumed},
     }
     tables = [
         ("model", describe_model(config)),
         ("layout", [(name, str(value)) for name, value in layout.items()]),
         ("kernels", list(kernels.items())),
+        ("data by source", run.train_dataset.summary()),
         ("start-up seconds", [(name, str(value)) for name, value in phases.items()]),
         ("run", _run_rows(run, values["device"])),
     ]

@@ -24,6 +24,7 @@ from samba_megatron.tracking.console import RunConsole
 from samba_megatron.training.batches import BatchSchedule, RunLength, run_length
 
 if TYPE_CHECKING:
+    from samba_megatron.data.samples import BlendedSamples
     from samba_megatron.data.stream import SampleDataset
     from samba_megatron.model.backend import Implementation
 
@@ -41,10 +42,12 @@ class Run:
     store: CheckpointStore
     length: RunLength
     batches: BatchSchedule
-    train_dataset: "SampleDataset"
+    train_dataset: "BlendedSamples"
     valid_dataset: "SampleDataset | None"
     resumed: bool = False
     phases: dict[str, float] = field(default_factory=dict)
+    corrupt_checkpoints: list[str] = field(default_factory=list)
+    """What is wrong with checkpoints that are newer than the one the run goes on from."""
 
 
 def set_up(config: RunConfig, rank: distributed.Rank, phases: dict[str, float]) -> Run:
@@ -64,8 +67,10 @@ def set_up(config: RunConfig, rank: distributed.Rank, phases: dict[str, float]) 
     store = CheckpointStore(config.checkpoint, notice=console.warn)
     length, batches = run_length(config), BatchSchedule.from_config(config)
     with timed(phases, "data"):
-        train, valid, identity = _build_data(config, length)
-    _compare_with_saved(config, store.find(), identity, console)
+        saved = store.find()
+        identity, consumed = _identify_data(config, saved, console)
+        samples = samples_to_build(config, length, saved.progress if consumed and saved else None)
+        train, valid = build_data(config, samples, consumed)
     with timed(phases, "model"):
         state, implementation = _build_state(config, length)
     state.progress = Progress(data_identity=identity, config=to_dict(config))
@@ -82,6 +87,7 @@ def set_up(config: RunConfig, rank: distributed.Rank, phases: dict[str, float]) 
         train,
         valid,
         phases=phases,
+        corrupt_checkpoints=saved.corrupt if saved else [],
     )
     with timed(phases, "checkpoint"):
         _restore(run)
@@ -129,7 +135,7 @@ def _compare_with_saved(
 ) -> None:
     """Refuses what must not change between a checkpoint and the run that goes on from it."""
     from samba_megatron.config.compare import compare_for_resume
-    from samba_megatron.data.blend import identity_differences
+    from samba_megatron.data.identity import blend_changes, identity_differences
 
     if saved is None:
         return
@@ -143,13 +149,59 @@ def _compare_with_saved(
             "restore them, or start anew from its weights with another checkpoint.save folder and "
             "checkpoint.load_weights_only"
         )
+    for notice in [] if weights_only else blend_changes(saved.progress.data_identity, identity):
+        console.warn(f"{notice}, from here on")
 
 
-def _build_data(
-    config: RunConfig, length: RunLength
-) -> "tuple[SampleDataset, SampleDataset | None, dict[str, Any]]":
-    from samba_megatron.data.blend import dataset_identity
-    from samba_megatron.data.datasets import build_train_and_valid, on_first_rank
+def _identify_data(
+    config: RunConfig, saved: SavedRun | None, console: RunConsole
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Who the data are, and the ledger of what has been consumed of them."""
+    from samba_megatron.data.datasets import on_first_rank
+    from samba_megatron.data.identity import dataset_identity
+
+    identity = on_first_rank(lambda: dataset_identity(config.data, config.training.seed))
+    _compare_with_saved(config, saved, identity, console)
+    if saved is None or _takes_weights_only(config, saved):
+        return identity, {}
+    return identity, _ledger(saved.progress)
+
+
+def _ledger(progress: Progress) -> dict[str, Any]:
+    """What a checkpoint says has been consumed of each source."""
+    if progress.consumed_samples and not progress.data_consumed:
+        raise UserError(
+            "the checkpoint has no ledger of the data (an earlier version saved it): start anew "
+            "from its weights with another checkpoint.save folder and checkpoint.load_weights_only"
+        )
+    return progress.data_consumed
+
+
+def samples_to_build(config: RunConfig, length: RunLength, progress: Progress | None) -> int:
+    """Training samples that the run needs: for its steps, and those that rollbacks went past.
+
+    Args:
+        config: the run's configuration.
+        length: of the run.
+        progress: where it goes on from, if not from the beginning.
+    """
+    if progress is None:
+        return length.samples
+    done = progress.consumed_tokens // config.data.sequence_length
+    return length.samples + progress.consumed_samples - done
+
+
+def build_data(
+    config: RunConfig, samples: int, consumed: dict[str, Any]
+) -> "tuple[BlendedSamples, SampleDataset | None]":
+    """Training and validation samples; every rank calls it.
+
+    Args:
+        config: the run's configuration.
+        samples: how many for training; their order does not depend on the number.
+        consumed: the ledger that the run goes on from.
+    """
+    from samba_megatron.data.datasets import build_train_and_valid
     from samba_megatron.data.tokenizer import load_tokenizer
 
     data, seed, vocab_size = config.data, config.training.seed, config.model.vocab_size
@@ -159,8 +211,7 @@ def _build_data(
             f"tokens, more than model.vocab_size {vocab_size}: raise model.vocab_size"
         )
     from_split = 0 if data.valid_data_path else _validation_samples(config)
-    train, valid = build_train_and_valid(data, length.samples, from_split, seed, vocab_size)
-    return train, valid, on_first_rank(lambda: dataset_identity(data, seed))
+    return build_train_and_valid(data, samples, from_split, seed, vocab_size, consumed)
 
 
 def _validation_samples(config: RunConfig) -> int:
@@ -194,6 +245,11 @@ def _restore(run: Run) -> None:
         os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     progress = run.store.load(run.state)
     if progress is not None:
-        identity, config = run.state.progress.data_identity, run.state.progress.config
         run.resumed = progress.step > 0
-        run.state.progress = dataclasses.replace(progress, data_identity=identity, config=config)
+        run.train_dataset.go_on_from(_ledger(progress))
+        run.state.progress = restored(progress, run.state.progress)
+
+
+def restored(saved: Progress, own: Progress) -> Progress:
+    """A checkpoint's progress, with the data and the configuration of this start."""
+    return dataclasses.replace(saved, data_identity=own.data_identity, config=own.config)

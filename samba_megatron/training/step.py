@@ -14,13 +14,18 @@ from megatron.core.rerun_state_machine import (
     EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
     RerunDataIterator,
     RerunMode,
+    RerunState,
+    destroy_rerun_state_machine,
     get_rerun_state_machine,
+    initialize_rerun_state_machine,
 )
 from torch import Tensor
 
 from samba_megatron.data.stream import Batch
 from samba_megatron.platform import distributed
 from samba_megatron.platform.exits import ExitCode
+from samba_megatron.platform.hardware import node_name
+from samba_megatron.training.spikes import SkippedStep, SpikeGuard
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,16 +144,19 @@ def gradients_are_finite(chunks: "Sequence[Any]") -> Tensor:
 
 
 class NonFiniteStep(Exception):
-    """The loss or a gradient of a step is not finite; no weight has changed.
+    """The loss or a gradient of a step is not finite, or too many were outliers; no weight has
+    changed.
 
     ``code`` is HOLD where the same step gives the same again (mathematics or data: a person must
     look) and BAD_NODE where it does not (the device cannot be trusted).
     """
 
-    def __init__(self, code: ExitCode, reason: str) -> None:
+    def __init__(self, code: ExitCode, reason: str, node: str | None = None) -> None:
         super().__init__(reason)
         self.code = code
         self.reason = reason
+        self.node = node
+        """The one that is not to be trusted, where it is known."""
 
 
 def train_step(
@@ -157,6 +165,7 @@ def train_step(
     batches: list[Batch | None],
     sequence_length: int,
     micro_batch_size: int,
+    guard: SpikeGuard | None = None,
 ) -> StepResult:
     """Forward, backward, check, update.
 
@@ -166,13 +175,17 @@ def train_step(
         batches: this rank's micro-batches; None on stages that read none.
         sequence_length: tokens of a sequence.
         micro_batch_size: sequences of a micro-batch.
+        guard: judges the loss; of the gradient norm the optimizer tells it (``watch_grad_norm``).
 
     Raises:
         NonFiniteStep: before any weight has changed.
+        SkippedStep: likewise, where there is a guard.
     """
     watch = Stopwatch()
     with watch.measure("forward_backward"):
-        loss = _forward_backward(chunks, optimizer, batches, sequence_length, micro_batch_size)
+        loss = _forward_backward(
+            chunks, optimizer, batches, sequence_length, micro_batch_size, guard
+        )
     with watch.measure("optimizer"):
         updated, grad_norm, _ = optimizer.step()
     if not updated:
@@ -186,12 +199,13 @@ def _forward_backward(
     batches: list[Batch | None],
     sequence_length: int,
     micro_batch_size: int,
+    guard: SpikeGuard | None,
 ) -> float:
     """Gradients of one step in the buffers; its mean loss. Runs again where a rank's result is
     not finite and the rerun state machine wants to know whether that can be repeated."""
     iterators = [RerunDataIterator(iter(batches)) for _ in chunks]
     machine = get_rerun_state_machine()
-    loss, finite = float("nan"), False
+    loss, finite, suspect = float("nan"), False, False
     while machine.should_run_forward_backward(iterators):
         for chunk in chunks:
             chunk.zero_grad_buffer()
@@ -202,6 +216,7 @@ def _forward_backward(
         mean = mean_loss(reports)
         finite = bool((gradients_are_finite(chunks) & mean.isfinite()).item())
         loss = mean.item()
+        suspect = suspect or not (finite or _are_finite(reports))
         if machine.get_mode() != RerunMode.DISABLED:
             machine.validate_result(
                 result=torch.tensor(loss if finite else float("nan")),
@@ -210,10 +225,38 @@ def _forward_backward(
             )
     _, should_exit, code = machine.should_checkpoint_and_exit()
     if should_exit and code == EXIT_CODE_FAILED_ON_RESULT_VALIDATION:
-        raise NonFiniteStep(
-            ExitCode.BAD_NODE, "a non-finite loss or gradient vanished when the step was run again"
-        )
+        nodes = sorted(set(distributed.gather_text(node_name() if suspect else "")) - {""})
+        where = f" (losses of {', '.join(nodes)})" if nodes else ""
+        sentence = f"a non-finite loss or gradient{where} vanished when the step was run again"
+        raise NonFiniteStep(ExitCode.BAD_NODE, sentence, nodes[0] if len(nodes) == 1 else None)
     # The machine judges no first step of a process, and none when it is disabled.
-    if distributed.any_rank(not finite):
-        raise NonFiniteStep(ExitCode.HOLD, f"the loss ({loss}) or a gradient is not finite")
+    _judge(loss, finite, guard)
     return loss
+
+
+def _judge(loss: float, finite: bool, guard: SpikeGuard | None) -> None:
+    """Every rank learns the worst that any has found, with one reduction."""
+    odd = guard.odd_loss(loss) if guard is not None and finite else None
+    worst = distributed.largest(2 if not finite else 1 if odd else 0)
+    if worst == 2:
+        reason = f"the loss ({loss}) or a gradient is not finite"
+        if guard is None:
+            raise NonFiniteStep(ExitCode.HOLD, reason)
+        _forget_rerun()
+        raise SkippedStep(reason, loss)
+    if worst == 1:
+        raise SkippedStep(odd or "another rank takes the loss for an outlier", loss)
+
+
+def _are_finite(reports: list[dict[str, Tensor]]) -> bool:
+    return all(bool(report["loss"].isfinite().all()) for report in reports)
+
+
+def _forget_rerun() -> None:
+    """The rerun state machine wants a restart to judge what could be repeated: not if skipped."""
+    machine = get_rerun_state_machine()
+    if machine.state != RerunState.NOT_RUNNING_YET:
+        mode = machine.get_mode()
+        destroy_rerun_state_machine()
+        initialize_rerun_state_machine(mode=mode)
+        get_rerun_state_machine().first_iteration_complete = True

@@ -188,19 +188,40 @@ def weights_only(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def corrupt(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """A truncated latest checkpoint; then none that is whole."""
+    """A bit of a tensor turned over in the latest checkpoint; then none that is whole."""
     copy = folder / "corrupt"
     shutil.copytree(folder / "killed", copy)
-    truncate(next((copy / NAME.format(3)).glob("*.distcp")))
+    turn_a_bit(next((copy / NAME.format(3)).glob("*.distcp")))
     notices: list[str] = []
     step = TinyRun(config).load(store_in(copy, notices)).step
+    kept = held(lambda: store_in(copy, fall_back=False).find())
+    unchecked = TinyRun(config).load(store_in(copy, verify_on_load=False)).step
     truncate(next((copy / NAME.format(1)).glob("*.distcp")))
-    error = refusal(lambda: store_in(copy).find())
+    none = held(lambda: store_in(copy).find())
     return {
         "step": step,
+        "unchecked": unchecked,
         "notices": [notice.replace(str(copy), "…") for notice in notices],
-        "error": error.replace(str(copy), "…"),
+        "kept": kept.replace(str(copy), "…"),
+        "none": none.replace(str(copy), "…"),
     }
+
+
+def turn_a_bit(path: Path) -> None:
+    """In the middle, where nothing but a tensor's numbers can be."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def held(action: Callable[[], object]) -> str:
+    """Why a person must look."""
+    try:
+        action()
+    except ExitWith as stop:
+        assert (stop.code, stop.cause) == (76, "corrupt checkpoint")
+        return stop.reason
+    return ""
 
 
 def rolled_back(config: RunConfig, folder: Path) -> dict[str, Any]:

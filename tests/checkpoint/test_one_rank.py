@@ -61,9 +61,13 @@ def test_weights_only(results):
 def test_a_corrupt_checkpoint_falls_back_loudly(results):
     corrupt = results["corrupt"]
     assert corrupt["step"] == 1
-    assert corrupt["notices"][0].startswith("checkpoint …/step_0000003 is corrupt: __0_0.distcp")
+    damage = "checkpoint …/step_0000003 is corrupt: the contents of __0_0.distcp have changed"
+    assert corrupt["notices"][0].startswith(damage)
     assert corrupt["notices"][1] == "going on from …/step_0000001"
-    assert "… holds no good checkpoint" in corrupt["error"]
+    assert corrupt["kept"].startswith(damage) and "fall_back is false" in corrupt["kept"]
+    assert corrupt["unchecked"] == 3, "without the check nobody would have noticed"
+    assert "__0_0.distcp has " in corrupt["none"], "truncated, seen before the contents are read"
+    assert "… holds no good checkpoint" in corrupt["none"]
 
 
 def test_retention_and_a_step_done_again(results):

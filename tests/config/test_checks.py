@@ -76,6 +76,15 @@ def test_a_number_out_of_its_bounds_is_refused_alone(name):
         assert name in the_sentence({name: 1.5})
 
 
+def test_a_hang_is_found_before_torch_ends_the_run():
+    sentence = the_sentence({"faults.hang_timeout_minutes": 10.0})
+    assert "faults.hang_timeout_minutes 10 is not under" in sentence
+    off = {"faults.watchdog": False, "faults.hang_timeout_minutes": 10.0}
+    assert sentences(off) == []
+    window = {"faults.skip_spikes": True, "faults.spike_window": 8}
+    assert "faults.spike_window 8 is too short" in the_sentence(window)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -176,6 +185,7 @@ def test_a_number_out_of_its_bounds_is_refused_alone(name):
         ({"training.exit_signals": ["SIGKILL"]}, "names SIGKILL: allowed are SIGTERM, SIGUSR1"),
         # data
         ({"data.data_path": []}, "data.data_path is empty"),
+        ({"data.blend_file": ["P.yaml"]}, "are both given: keep one of them"),
         (
             {"data.data_path": ["0.3", "a", "b"]},
             f"does not alternate weights and prefixes: write {WEIGHTED}",

@@ -112,6 +112,11 @@ def test_training_settings_are_the_papers(name, tokens, batch, rate):
     assert decays_everything == (name in ("samba_421m", "samba_1.3b"))
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_spikes_are_skipped_in_the_large_ones(name):
+    assert load(name).faults.skip_spikes == (name != "samba_tiny")
+
+
 def test_sizes_are_the_papers():
     assert load("samba_3.8b").model.head_dim == 256
     assert load("samba_1.7b").model.head_dim == 64

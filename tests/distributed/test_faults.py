@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from samba_megatron.tracking import ledger
 from samba_megatron.tracking.metrics import read_metrics
 from tests.distributed.toy import (
     ROOT,
@@ -42,6 +44,13 @@ def pretrain(config: dict[str, Any], **kwargs: Any) -> "subprocess.Popen[str]":
     )
 
 
+def wait_for(process: "subprocess.Popen[str]", file: Path, pattern: str) -> None:
+    """Until a line of ``file`` has the pattern; the process must live."""
+    while not file.exists() or not re.search(pattern, file.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Byte tokens of real text."""
@@ -71,13 +80,12 @@ def test_killed_run_ends_equal(prefix: str, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_signal_saves_and_asks_to_be_started_again(prefix: str, tmp_path: Path) -> None:
-    """SIGUSR1 → the step is finished, the state saved, code 75; then the same command goes on."""
+    """SIGUSR1: the step is finished, the state saved, code 75. The same command goes on, until a
+    file named stop asks for the same. The ledger has both jobs."""
     config = toy_config(prefix, tmp_path, **{"training.train_steps": 2000})
     process = pretrain(config)
     metrics = tmp_path / "metrics.jsonl"
-    while not metrics.exists() or b'"train"' not in metrics.read_bytes():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_for(process, metrics, '"train"')
     process.send_signal(signal.SIGUSR1)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
@@ -86,11 +94,20 @@ def test_signal_saves_and_asks_to_be_started_again(prefix: str, tmp_path: Path) 
     assert end["exit_code"] == 75
     done = len(losses(tmp_path))
     assert end["step"] == done
-    again = pretrain({**config, "training.exit_step": done + 2})
+    again = pretrain(config)
+    wait_for(again, metrics, f'"train", "time": [0-9.]+, "step": {done + 2},')
+    (tmp_path / "stop").touch()
     output, errors = again.communicate(timeout=120)
     assert again.returncode == 75, errors
     assert f"resuming after step {done}" in output
-    assert len(losses(tmp_path)) == done + 2
+    assert not (tmp_path / "stop").exists()
+    first, _, second, stopped = ledger.read(tmp_path)
+    assert (first["event"], first["step"], first["world_size"]) == ("start", 0, 1)
+    assert (second["event"], second["step"], second["resumed"]) == ("start", done, True)
+    signalled = ledger.read(tmp_path, "end")[0]
+    assert (signalled["code"], signalled["cause"], signalled["checkpoint_step"]) == (75, None, done)
+    assert (stopped["code"], stopped["cause"]) == (75, "user stop")
+    assert stopped["checkpoint_step"] == stopped["step"] == len(losses(tmp_path)) >= done + 2
 
 
 @pytest.mark.timeout(300)
@@ -106,12 +123,40 @@ def test_nothing_non_finite_is_saved(prefix: str, tmp_path: Path) -> None:
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 76, (output[-2000:], errors[-2000:])
     assert "Traceback" not in errors
+    (end,) = ledger.read(tmp_path, "end")
+    assert (end["code"], end["cause"]) == (76, "non-finite")
     checkpoints = sorted((tmp_path / "checkpoints").glob("step_*"))
     assert checkpoints
     for path in checkpoints:
         for prefix_of_weights in ("decoder.", "embedding."):
             for name, tensor in saved_tensors(path, prefix_of_weights).items():
                 assert tensor.isfinite().all(), (path, name)
+
+
+@pytest.mark.timeout(300)
+def test_a_damaged_latest_checkpoint_is_passed_over_loudly(prefix: str, tmp_path: Path) -> None:
+    """A bit of the last is turned over, the one before it is cut short: the run goes on from the
+    third last."""
+    config = toy_config(prefix, tmp_path, **{"checkpoint.save_interval": 2})
+    first = pretrain({**config, "training.train_steps": 8, "checkpoint.save_at_end": True})
+    output, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    second, last = (tmp_path / "checkpoints" / f"step_000000{step}" for step in (6, 8))
+    file = next(last.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+    os.truncate(next(second.glob("*.distcp")), 1000)
+
+    again = pretrain({**config, "training.train_steps": 10})
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert f"WARNING: checkpoint {last} is corrupt: the contents of {file.name}" in output
+    assert f"WARNING: checkpoint {second} is corrupt: " in output
+    assert "resuming after step 4" in output
+    (fallback,) = ledger.read(tmp_path, "fallback")
+    assert fallback["step"] == 4 and len(fallback["corrupt"]) == 2
+    assert len(losses(tmp_path)) == 10
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -138,6 +183,9 @@ def test_mistakes_get_one_sentence(prefix: str, tmp_path: Path) -> None:
         assert errors.count("error: ") == 1, (name, errors)
         assert all(word in errors for word in words), (name, errors)
         assert "Traceback" not in errors, (name, errors)
+    ends = ledger.read(tmp_path / "run", "end")
+    assert {(end["code"], end["cause"]) for end in ends} == {(2, "user error")}
+    assert len(ends) == len(MISTAKES) - 1, "only the command line's is found before the run is"
     assert not list(tmp_path.glob("run/checkpoints/step_*"))
 
 

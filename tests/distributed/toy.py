@@ -62,7 +62,9 @@ def toy_config(prefix: str, run_dir: Path, **fields: Any) -> dict[str, Any]:
     }
 
 
-def launch(processes: int, specs: list[dict[str, Any]], folder: Path) -> None:
+def launch(
+    processes: int, specs: list[dict[str, Any]], folder: Path, script: str = "run_layouts.py"
+) -> None:
     """Runs the specifications in a world of ``processes``."""
     file = folder / f"specs_{processes}_{abs(hash(json.dumps(specs)))}.json"
     file.write_text(json.dumps(specs))
@@ -73,7 +75,7 @@ def launch(processes: int, specs: list[dict[str, Any]], folder: Path) -> None:
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
                 *("--nproc-per-node", str(processes)),
-                *(str(HERE / "run_layouts.py"), str(file)),
+                *(str(HERE / script), str(file)),
             ],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},

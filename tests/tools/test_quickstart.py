@@ -58,10 +58,12 @@ def test_goes_the_whole_way_once_and_uses_it_again(tmp_path):
     assert "resuming after step 2" in (tmp_path / "logs" / "resume.log").read_text()
     assert f"after resuming, 256 tokens   │ {held_out[3]:.3f} nats" in result.stdout
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "huggingface" / "model.safetensors").exists()
+    assert "def __init__(self, " in (tmp_path / "logs" / "generate.log").read_text()
 
     again = _quickstart(tmp_path, *options, *overrides)
     assert again.returncode == 0
-    assert again.stdout.count("there already, used again") == 6
+    assert again.stdout.count("there already, used again") == 8
     assert f"{held_out[3]:.3f} nats" in again.stdout
 
     wrong = _quickstart(tmp_path, *options, "--", "--model.hidden_sizes=3")

@@ -20,6 +20,8 @@ from samba_megatron.platform.errors import ExitWith
 from samba_megatron.platform.exits import ExitCode
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+REPORT = "parity.json"
+"""What an export is known by."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class ExportOptions:
     checkpoint: Path
     """A checkpoint, or a folder of checkpoints (its latest is taken)."""
     output: Path
-    """Folder to make: absent or empty."""
+    """Folder to make: absent or empty, unless ``overwrite``."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Dtype of the weights; as they were trained when unset. A_log, D and the bias of dt_proj are
     in fp32 always."""
@@ -37,6 +39,8 @@ class ExportOptions:
     """Largest file."""
     tokenizer: Path | None = None
     """The tokenizer's folder, where it is not the one that the checkpoint names."""
+    overwrite: bool = False
+    """Replace an earlier export in ``output``, once the new one has passed."""
     compare: Literal["logits", "tensors"] = "logits"
     """What the parity report compares: tensors alone need no memory for a whole model."""
 
@@ -69,7 +73,8 @@ def export(options: ExportOptions, notice: Callable[[str], None]) -> ExportRepor
         UserError: nothing was written, because of what the message says.
         ExitWith: the folder does not hold the same model.
     """
-    require_new(options.output.absolute())
+    replaces = REPORT if options.overwrite else None
+    require_new(options.output.absolute(), replaces)
     source = CheckpointSource(options.checkpoint)
     for text in source.notices:
         notice(text)
@@ -83,13 +88,13 @@ def export(options: ExportOptions, notice: Callable[[str], None]) -> ExportRepor
             "loads with trust_remote_code=True only"
         )
     dtype = DTYPES[options.dtype] if options.dtype else weights_dtype(source)
-    with finished_at_end(options.output) as folder:
+    with finished_at_end(options.output, replaces) as folder:
         size, seconds = _write_weights(source, folder, dtype, options.shard_bytes)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         name = str(dtype).removeprefix("torch.")
         _write_companions(source, folder, name, tokenizer, beyond)
         report = parity.compare(source.path, folder, name, options.compare, notice)
-        _write_json(folder / "parity.json", report)
+        _write_json(folder / REPORT, report)
         notice(parity.summary(report))
         if not report["passed"]:
             raise ExitWith(

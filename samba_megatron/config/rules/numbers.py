@@ -50,6 +50,10 @@ POSITIVE = frozenset(
         "validation.eval_tokens",
         "checkpoint.save_interval",
         "checkpoint.milestone_interval",
+        "faults.hang_timeout_minutes",
+        "faults.spike_window",
+        "faults.spike_zscore",
+        "faults.max_skips_in_row",
         "logging.log_interval",
     ]
 )
@@ -66,6 +70,8 @@ NON_NEGATIVE = frozenset(
         "training.seed",
         "training.gc_interval",
         "checkpoint.keep_last",
+        "faults.max_skipped_steps",
+        "faults.max_rollbacks",
     ]
 )
 """Numbers that must not be below 0."""

@@ -81,7 +81,14 @@ def exit_signals(situation: Situation) -> Iterator[str]:
 
 def training_data(situation: Situation) -> Iterator[str]:
     """There is training data, with weights for all datasets or none."""
-    entries = situation.config.data.data_path
+    entries, files = situation.config.data.data_path, situation.config.data.blend_file
+    if entries and files:
+        yield (
+            f"data.data_path {entries} and data.blend_file {files} are both given: keep one of "
+            "them (a blend file can name any dataset)"
+        )
+    if files:
+        return
     if not entries:
         yield "data.data_path is empty: give the prefixes of the datasets, as [corpus/train]"
         return
@@ -195,6 +202,23 @@ def checkpoints(situation: Situation) -> Iterator[str]:
         )
 
 
+def faults(situation: Situation) -> Iterator[str]:
+    """A hang is reported before torch ends the run for it, and going back has somewhere to go."""
+    config = situation.config
+    limit, timeout = config.faults.hang_timeout_minutes, config.parallel.distributed_timeout_minutes
+    if config.faults.watchdog and limit is not None and limit >= timeout:
+        yield (
+            f"faults.hang_timeout_minutes {limit:g} is not under "
+            f"parallel.distributed_timeout_minutes {timeout:g}, which ends a run without a report "
+            "of the culprit: raise the latter, or lower the former"
+        )
+    if config.faults.skip_spikes and config.faults.spike_window < 16:
+        yield (
+            f"faults.spike_window {config.faults.spike_window} is too short to tell what is usual: "
+            "use 16 or more"
+        )
+
+
 RULES = (
     length,
     learning_rates,
@@ -204,4 +228,5 @@ RULES = (
     held_out_data,
     validation_lengths,
     checkpoints,
+    faults,
 )

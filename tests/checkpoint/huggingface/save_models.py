@@ -68,7 +68,13 @@ def main() -> None:
         config = config_of(name)
         chunks = build_model(config, "local")
         unlike_any_other(chunks[0])
-        progress = Progress(7, 56, 3584, {"tokenizer": None}, dataclasses.asdict(config))
+        progress = Progress(
+            step=7,
+            consumed_samples=56,
+            consumed_tokens=3584,
+            data_identity={"tokenizer": None},
+            config=dataclasses.asdict(config),
+        )
         target = Path(sys.argv[1]) / name
         store = CheckpointStore(CheckpointConfig(save=str(target), async_save=False))
         store.save(TrainState(model=chunks, progress=progress), blocking=True)

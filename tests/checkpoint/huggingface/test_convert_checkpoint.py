@@ -1,5 +1,6 @@
 """The command: a whole export with its parity check, and sentences about bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -107,6 +108,23 @@ def test_an_export_that_is_wrong_does_not_look_finished(checkpoints, tmp_path, m
     assert report["tensors"]["different"] == ["backbone.layers.3.mixer.k_proj.weight"]
     with pytest.raises(UserError, match=r"wrong\.partial was left by a conversion"):
         export(options, silent)
+
+
+def test_overwriting_replaces_an_earlier_export_alone(checkpoints, tmp_path):
+    output = tmp_path / "exported"
+    first = ExportOptions(checkpoints["every layer"], output, compare="tensors")
+    export(first, silent)
+    output.with_name("exported.partial").mkdir()
+    other = dataclasses.replace(first, checkpoint=checkpoints["ablation"], overwrite=True)
+    export(other, silent)
+    assert json.loads((output / "config.json").read_text())["layer_pattern"] == "M*-M*-"
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="no parity.json, so it is no earlier one"):
+        export(dataclasses.replace(other, output=mine), silent)
+    assert (mine / "thesis.tex").exists()
 
 
 def test_from_bf16_to_fp32_and_down(checkpoints, tmp_path):
