@@ -1,19 +1,37 @@
-"""Tokenizes JSON lines into Megatron's indexed dataset (.bin and .idx), with a manifest."""
+"""Tokenizes a corpus into Megatron's indexed datasets (.bin and .idx), with a manifest.
+
+Interrupted, the same command goes on where it stopped.
+"""
 
 import argparse
 import os
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from samba_megatron.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
-from samba_megatron.platform.errors import run_command
+from samba_megatron.data.preprocessing.estimate import estimate
+from samba_megatron.data.preprocessing.options import (
+    PreprocessOptions,
+    PreprocessReport,
+    SlurmOptions,
+)
+from samba_megatron.data.preprocessing.run import preprocess
+from samba_megatron.data.preprocessing.stages import STAGES, parse_stages, read_stages
+from samba_megatron.platform.errors import UserError, run_command
 
 
 def main() -> None:
     """Runs the command."""
-    report = preprocess(_options())
+    arguments = vars(_parser().parse_args())
+    dry_run = arguments.pop("dry_run")
+    options = _options(arguments)
+    if dry_run:
+        title, rows = f"{options.output_prefix} (dry run)", estimate(options)
+        _print_table(title, rows)
+        return
+    report = preprocess(options)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if report.up_to_date:
@@ -22,52 +40,152 @@ def main() -> None:
         _print_summary(report)
 
 
-def _options() -> PreprocessOptions:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="JSON lines files or globs (.gz and .zst too)"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json")
-    parser.add_argument(
-        "--output-prefix", required=True, help="path of the dataset without .bin or .idx"
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, folders, globs or URLs: .jsonl, .txt (also .gz, .zst), .parquet",
     )
-    parser.add_argument(
+    add("--tokenizer", required=True, help="folder, tokenizer.json, .model, .tiktoken or name")
+    add("--output-prefix", required=True, help="path of the dataset without .bin or .idx")
+    add(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="processes that tokenize (default: one a core)",
+        help="processes that tokenize (one a core); with --slurm: jobs at a time",
     )
-    parser.add_argument("--text-key", default="text", help="the key that holds the text")
-    parser.add_argument(
+    add("--text-key", default="text", help="the key or column that holds the text (text)")
+    add(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="end each document with the tokenizer's EOS token",
     )
-    parser.add_argument(
+    add(
+        "--validation-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="part of the documents, by a hash of their text, that goes to P_validation (0)",
+    )
+    add("--dry-run", action="store_true", help="say what would be done, with sizes and time")
+    add("--overwrite", action="store_true", help="replace a dataset made from something else")
+    _add_shards(parser)
+    _add_checks(parser)
+    _add_stages(parser)
+    _add_slurm(parser)
+    return parser
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("shards")
+    group.add_argument(
+        "--shard-size",
+        type=float,
+        dest="shard_bytes",
+        metavar="MB",
+        help="text in a shard, about (at least 256, and so much that 2,000 shards suffice)",
+    )
+    group.add_argument("--merge", action="store_true", help="join the shards to one dataset")
+
+
+def _add_checks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checks")
+    group.add_argument(
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
-        help="what a malformed line or empty document does",
+        help="what a place without a usable document does (fail)",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--max-errors",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with fail: pass over and report so many before failing (0)",
+    )
+    group.add_argument(
         "--engine",
         choices=("auto", "huggingface"),
         default="auto",
         help="auto: gigatoken where it gives the same tokens as Hugging Face",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a dataset made from something else"
+    group.add_argument(
+        "--verify", action="store_true", help="compare all documents with Hugging Face's tokens"
     )
-    arguments = vars(parser.parse_args())
+
+
+def _add_stages(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("stages", "in this order, or as a file lists them")
+    group.add_argument("--stages", metavar="FILE", help="YAML: a list of stages with options")
+    for name, what in STAGES.items():
+        if name == "language":
+            group.add_argument("--language", nargs="+", metavar=("MODEL", "CODE"), help=what)
+        elif name == "length":
+            group.add_argument("--length", nargs=2, type=int, metavar=("MIN", "MAX"), help=what)
+        else:
+            group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=what)
+
+
+def _add_slurm(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Slurm")
+    group.add_argument("--slurm", action="store_true", help="run the shards as an array of jobs")
+    group.add_argument("--slurm-partition", metavar="NAME")
+    group.add_argument("--slurm-time", default="24:00:00", metavar="TIME")
+    group.add_argument("--slurm-memory", type=int, default=2, metavar="GB", help="of a job (2)")
+    group.add_argument("--slurm-shards-per-job", type=int, default=1, metavar="N", help="(1)")
+    group.add_argument(
+        "--slurm-args", nargs="+", default=[], metavar="KEY=VALUE", help="any options of sbatch"
+    )
+
+
+def _options(arguments: dict[str, Any]) -> PreprocessOptions:
+    if arguments["shard_bytes"] is not None:
+        arguments["shard_bytes"] = int(arguments["shard_bytes"] * 1e6)
+    arguments["stages"] = _stages(arguments)
+    arguments["slurm"] = _slurm(arguments)
     return PreprocessOptions(inputs=arguments.pop("input"), **arguments)
+
+
+def _stages(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages of the flags, or those of the file."""
+    chosen: list[Any] = []
+    for name in STAGES:
+        value = arguments.pop(name)
+        if name == "language" and value:
+            chosen.append({name: {"model": value[0], "languages": value[1:]}})
+        elif name == "length" and value:
+            chosen.append({name: {"min_characters": value[0], "max_characters": value[1]}})
+        elif value:
+            chosen.append(name)
+    if arguments["stages"] and chosen:
+        raise UserError("--stages lists all stages: leave out the flags of single stages")
+    if arguments["stages"]:
+        return read_stages(arguments["stages"])
+    return parse_stages(chosen, "the flags")
+
+
+def _slurm(arguments: dict[str, Any]) -> SlurmOptions | None:
+    given = {name: arguments.pop(name) for name in list(arguments) if name.startswith("slurm_")}
+    if not arguments["slurm"]:
+        return None
+    pairs = [entry.lstrip("-").partition("=") for entry in given["slurm_args"]]
+    return SlurmOptions(
+        partition=given["slurm_partition"],
+        time=given["slurm_time"],
+        mem_per_cpu_gb=given["slurm_memory"],
+        tasks_per_job=given["slurm_shards_per_job"],
+        sbatch_args={key: value for key, _, value in pairs},
+    )
 
 
 def _print_summary(report: PreprocessReport) -> None:
     """Prints what was written, and what was passed over and where."""
-    table = Table(title=report.prefix, show_header=False, title_justify="left")
-    table.add_column(justify="left")
-    table.add_column(justify="right")
     rows = {
         "documents": f"{report.documents:,}",
         "tokens": f"{report.tokens:,}",
@@ -77,13 +195,31 @@ def _print_summary(report: PreprocessReport) -> None:
         "speed": f"{report.read_bytes / 1e6 / report.seconds:.1f} MB/s",
         "tokens a second": f"{report.tokens / report.seconds:,.0f}",
         "engine": str(report.engine),
+        "shards": f"{report.shards:,}",
     }
+    if report.shards_kept:
+        rows["of these done before"] = f"{report.shards_kept:,}"
+    if len(report.splits) > 1:
+        for split, counts in reversed(report.splits.items()):
+            rows[split] = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"
+    for stage in report.stages:
+        counts = stage["counts"]
+        rows[stage["name"]] = f"kept {counts.get('forwarded', 0):,} of {counts.get('total', 0):,}"
     rows |= {f"skipped: {reason}": f"{count:,}" for reason, count in report.skipped.items()}
+    _print_table(report.prefix, rows)
+    for example in report.skipped_examples:
+        print(f"skipped {example}")
+    for path in report.blend_files:
+        print(f"blend file: {path}")
+
+
+def _print_table(title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(justify="left")
+    table.add_column(justify="right")
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
-    for example in report.skipped_examples:
-        print(f"skipped {example}")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,23 @@ import glob
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
+
+import orjson
 
 from samba_megatron.platform.errors import UserError
 
 _READ_BYTES = 1 << 20
 _READ_ZSTD_BYTES = 1 << 16
 """Less than a plain read: what is read here unpacks to many times its size at once."""
+
+_LARGE_BLOCK = 32 << 20
+"""A block of this size holds a document of tens of megabytes."""
+_LONGEST_BLANK = 4096
 
 _ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 
@@ -77,10 +83,18 @@ def expand_inputs(patterns: Iterable[str]) -> list[Path]:
     return list(files)
 
 
+class Readable(Protocol):
+    """What bytes are read from."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """As a file's."""
+        ...
+
+
 class HashingReader:
     """Reads a file's raw bytes, keeping their count and SHA-256."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: Readable) -> None:
         self._raw = raw
         self._digest = hashlib.sha256()
         self.bytes_read = 0
@@ -103,7 +117,7 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
-def read_blocks(path: Path, reader: HashingReader, block_bytes: int) -> Iterator[bytes]:
+def read_blocks(path: str | Path, reader: HashingReader, block_bytes: int) -> Iterator[bytes]:
     """Yields the decompressed file in blocks of whole lines of at least ``block_bytes``.
 
     Raises:
@@ -114,24 +128,28 @@ def read_blocks(path: Path, reader: HashingReader, block_bytes: int) -> Iterator
     for chunk in _chunks(path, reader):
         cut = chunk.rfind(b"\n") + 1
         if cut and size + cut >= block_bytes:
-            yield b"".join([*pieces, chunk[:cut]])
+            # Popped: nothing here holds a block of hundreds of megabytes while it is worked on.
+            pieces = [b"".join([*pieces, chunk[:cut]])]
+            yield pieces.pop()
             chunk = chunk[cut:]
-            pieces, size = [], 0
+            size = 0
         pieces.append(chunk)
         size += len(chunk)
     if size:
-        yield b"".join(pieces)
+        pieces = [b"".join(pieces)]
+        yield pieces.pop()
 
 
-def _chunks(path: Path, reader: HashingReader) -> Iterator[bytes]:
-    if path.suffix == ".gz":
+def _chunks(path: str | Path, reader: HashingReader) -> Iterator[bytes]:
+    """The decompressed bytes of a file; the ending of its name says how it is packed."""
+    if str(path).endswith(".gz"):
         return _gzip_chunks(path, reader)
-    if path.suffix == ".zst":
+    if str(path).endswith(".zst"):
         return _zstd_chunks(path, reader)
     return iter(lambda: reader.read(_READ_BYTES), b"")
 
 
-def _gzip_chunks(path: Path, reader: HashingReader) -> Iterator[bytes]:
+def _gzip_chunks(path: str | Path, reader: HashingReader) -> Iterator[bytes]:
     import gzip
 
     try:
@@ -142,7 +160,7 @@ def _gzip_chunks(path: Path, reader: HashingReader) -> Iterator[bytes]:
         raise _damaged(path, error) from error
 
 
-def _zstd_chunks(path: Path, reader: HashingReader) -> Iterator[bytes]:
+def _zstd_chunks(path: str | Path, reader: HashingReader) -> Iterator[bytes]:
     """Frame by frame: unlike the library's stream reader this notices a frame cut short."""
     try:
         import zstandard
@@ -165,18 +183,31 @@ def _zstd_chunks(path: Path, reader: HashingReader) -> Iterator[bytes]:
         raise _damaged(path, EOFError("the last frame is cut short"))
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: str | Path, error: Exception) -> UserError:
     return UserError(f"{path} is damaged or cut short ({error}): fetch or compress it again")
+
+
+def split_lines(block: bytes) -> Sequence[bytes | memoryview]:
+    """The lines of a block without their ends; those of a large block are not copied."""
+    if len(block) < _LARGE_BLOCK:
+        lines = block.split(b"\n")
+        return lines if lines[-1] else lines[:-1]
+    view, start = memoryview(block), 0
+    found: list[bytes | memoryview] = []
+    while start < len(block):
+        end = block.find(b"\n", start)
+        end = len(block) if end < 0 else end
+        found.append(view[start:end])
+        start = end + 1
+    return found
 
 
 def parse_block(block: bytes, text_key: str) -> ParsedBlock:
     """Takes the texts out of a block of JSON lines."""
-    lines = block.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    parsed = ParsedBlock([], [], [], len(lines), 0)
-    for number, line in enumerate(lines, start=1):
-        if not line or line.isspace():
+    parsed = ParsedBlock([], [], [], 0, 0)
+    for number, line in enumerate(split_lines(block), start=1):
+        parsed.lines = number
+        if not line or (len(line) < _LONGEST_BLANK and bytes(line).isspace()):
             parsed.blank_lines += 1
             continue
         text = _parse_line(line, text_key)
@@ -188,14 +219,28 @@ def parse_block(block: bytes, text_key: str) -> ParsedBlock:
     return parsed
 
 
-def _parse_line(line: bytes, text_key: str) -> bytes | Defect:
-    """The line's text as UTF-8, or what is wrong with it."""
+def parse_object(line: bytes | memoryview) -> dict[str, Any] | Defect:
+    """The line's object, or what is wrong with it; what Python's own parser takes is taken."""
     try:
-        document = json.loads(line)
-    except (ValueError, RecursionError):
-        return Defect.MALFORMED
-    if not isinstance(document, dict):
-        return Defect.NOT_OBJECT
+        document = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:  # NaN, a byte order mark, half a surrogate pair: Python takes them
+            document = json.loads(bytes(line))
+        except (ValueError, RecursionError):
+            return Defect.MALFORMED
+    return document if isinstance(document, dict) else Defect.NOT_OBJECT
+
+
+def _parse_line(line: bytes | memoryview, text_key: str) -> bytes | Defect:
+    """The line's text as UTF-8, or what is wrong with it."""
+    document = parse_object(line)
+    if isinstance(document, Defect):
+        return document
+    return text_of(document, text_key)
+
+
+def text_of(document: dict[str, Any], text_key: str) -> bytes | Defect:
+    """The text under the key as UTF-8, or what is wrong with it."""
     if text_key not in document:
         return Defect.MISSING_KEY
     text = document[text_key]

@@ -1,12 +1,15 @@
 """The vocabulary: trains a byte-level BPE and loads any Hugging Face fast tokenizer.
 
 A tokenizer is a folder with ``tokenizer.json`` and ``tokenizer_config.json``, which Hugging Face's
-``AutoTokenizer`` loads as it is. Loading it here needs only the ``tokenizers`` package, so that
+``AutoTokenizer`` loads as it is. SentencePiece models and tiktoken files are turned into one when
+they are loaded. Loading it here needs only the ``tokenizers`` package, so that
 commands that count or check tokens start at once.
 """
 
+import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +26,35 @@ PADDING = "<|padding|>"
 SPECIAL_TOKENS = (END_OF_DOCUMENT, PADDING)
 """The special tokens of a trained tokenizer, ids 0 and 1."""
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+_TIKTOKEN: dict[str, tuple[str, dict[str, int]]] = {
+    "r50k_base": (
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        {END_OF_DOCUMENT: 50256},
+    ),
+    "cl100k_base": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        {
+            END_OF_DOCUMENT: 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+        },
+    ),
+    "o200k_base": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        {END_OF_DOCUMENT: 199999, "<|endofprompt|>": 200018},
+    ),
+}
+"""How the published encodings split text, and their special tokens: not in the rank files."""
+
 _SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
@@ -31,9 +63,9 @@ class Tokenizer:
     """A loaded tokenizer: text to ids and back."""
 
     path: Path
-    """The ``tokenizer.json`` it came from."""
+    """The file it came from."""
     identity: str
-    """SHA-256 of ``tokenizer.json``: equal identities give equal tokens."""
+    """SHA-256 of that file: equal identities give equal tokens."""
     eod: int
     """Id of the token that ends a document (the tokenizer's EOS)."""
     backend: tokenizers.Tokenizer
@@ -58,15 +90,18 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a tokenizer from its folder (or from a ``tokenizer.json`` in it).
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+        source: a folder that ``save_pretrained`` wrote, a ``tokenizer.json``, a SentencePiece
+            ``.model`` (or a folder with ``tokenizer.model``), a ``.tiktoken`` file of a published
+            encoding, or the name of a tokenizer on the Hugging Face hub or in its cache.
 
     Raises:
         UserError: the files are missing or unreadable, or there is no EOS token.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "tokenizer.json"
+    file = _find(source)
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -74,18 +109,85 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"cannot read the tokenizer {file} ({error.strerror}): give a folder that holds "
             "tokenizer.json, such as tools/train_tokenizer.py writes"
         ) from error
-    try:
-        backend = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises plain Exception for every defect
-        raise UserError(f"{file} is not a Hugging Face tokenizer: {error}") from error
+    backend, eos = _parse(file, content)
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(file, hashlib.sha256(content).hexdigest(), _eod(backend, file), backend)
+    eod = _eod(backend, file, eos)
+    return Tokenizer(file, hashlib.sha256(content).hexdigest(), eod, backend)
 
 
-def _eod(backend: tokenizers.Tokenizer, file: Path) -> int:
-    """Id of the EOS token that the tokenizer's configuration names."""
-    name = _named_eos(file.parent)
+def _find(source: str | Path) -> Path:
+    """The file that holds the vocabulary."""
+    path = Path(source)
+    if path.is_dir():
+        candidates = [path / name for name in ("tokenizer.json", "tokenizer.model")]
+        return next((file for file in candidates if file.exists()), candidates[0])
+    if path.exists() or path.suffix or not _HUB_NAME.fullmatch(str(source)):
+        return path
+    return _from_hub(str(source))
+
+
+def _from_hub(name: str) -> Path:
+    """A tokenizer by name: from Hugging Face's cache, or its hub where that can be reached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        for beside in ("tokenizer_config.json", "special_tokens_map.json"):
+            with contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(name, beside)
+        return Path(hf_hub_download(name, "tokenizer.json"))
+    except Exception as error:  # of the network, of the hub, of the name: no common type
+        raise UserError(
+            f"cannot read the tokenizer {name}: no such folder or file, and neither the cache nor "
+            f"the hub of Hugging Face gives it ({type(error).__name__})"
+        ) from error
+
+
+def _parse(file: Path, content: bytes) -> tuple[tokenizers.Tokenizer, str | None]:
+    """The Hugging Face tokenizer that a file describes, and the end-of-text that it implies."""
+    if file.suffix == ".tiktoken":
+        return _from_tiktoken(file), END_OF_DOCUMENT
+    try:
+        if file.suffix == ".model":
+            from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+            return tokenizers.Tokenizer.from_str(sentencepiece_to_tokenizer_json(content)), "</s>"
+        return tokenizers.Tokenizer.from_buffer(content), None
+    except Exception as error:  # the libraries raise plain Exception for every defect
+        kind = "SentencePiece model" if file.suffix == ".model" else "Hugging Face tokenizer"
+        raise UserError(f"{file} is not a {kind} that can be used: {error}") from error
+
+
+def _from_tiktoken(file: Path) -> tokenizers.Tokenizer:
+    """Turns a rank file of a published encoding into the same Hugging Face tokenizer."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    encoding = _TIKTOKEN.get(file.stem)
+    if encoding is None:
+        raise UserError(
+            f"{file}: a .tiktoken file does not say how to split text, only its name does: call "
+            f"it one of {', '.join(f'{name}.tiktoken' for name in _TIKTOKEN)}"
+        )
+    pattern, special = encoding
+    try:
+        vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(str(file))
+    except Exception as error:  # as above
+        raise UserError(f"{file} is not a tiktoken rank file: {error}") from error
+    # In the vocabulary itself: the ids of special tokens do not follow on those of the others.
+    backend = tokenizers.Tokenizer(models.BPE(vocab | special, merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    return backend
+
+
+def _eod(backend: tokenizers.Tokenizer, file: Path, implied: str | None) -> int:
+    """Id of the EOS token: what the configuration beside the file names, or the kind implies."""
+    name = _named_eos(file.parent) if file.suffix == ".json" else implied
     name = END_OF_DOCUMENT if name is None else name
     token = backend.token_to_id(name)
     if token is None:

@@ -1,8 +1,13 @@
 """A trained tokenizer loses nothing, loads in Hugging Face, and bad ones are named."""
 
+import base64
+import inspect
 import json
+import os
+import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samba_megatron.data.jsonl import read_texts
-from samba_megatron.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
+from samba_megatron.data.preprocessing.encoding import Engine, choose_engine
+from samba_megatron.data.tokenizer import (
+    END_OF_DOCUMENT,
+    SPECIAL_TOKENS,
+    load_tokenizer,
+    train_tokenizer,
+)
 from samba_megatron.platform.errors import UserError
 
 
@@ -101,3 +112,105 @@ def test_a_damaged_configuration_is_named(tokenizer_folder, tmp_path):
     folder = configured(tokenizer_folder, tmp_path, ["not", "an", "object"])
     with pytest.raises(UserError, match=r"cannot read .*tokenizer_config\.json"):
         load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(corpus, tmp_path_factory) -> Path:
+    """A model of Llama's kind: BPE that falls back to bytes, digits apart, no normalising."""
+    import sentencepiece
+
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=islice(read_texts([corpus / "train.jsonl"], "text"), 60),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=1200,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        max_sentence_length=20_000,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
+def test_a_sentencepiece_model_gives_its_own_tokens(sentencepiece_model, corpus):
+    import sentencepiece
+
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    for source in (sentencepiece_model, sentencepiece_model.parent):
+        loaded = load_tokenizer(source)
+        assert (loaded.eod, loaded.vocab_size) == (theirs.eos_id(), theirs.vocab_size())
+    for text in islice(read_texts([corpus / "validation.jsonl"], "text"), 20):
+        assert loaded.encode(text) == theirs.encode(text)
+    assert choose_engine(loaded, []) == (Engine.GIGATOKEN, None)
+
+
+@pytest.fixture(scope="module")
+def tiktoken_file(tokenizer, tmp_path_factory) -> Path:
+    """The trained vocabulary as a rank file, under a published encoding's name."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    of_character = {character: byte for byte, character in bytes_to_unicode().items()}
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    ranks = sorted(set(vocabulary) - set(SPECIAL_TOKENS), key=vocabulary.__getitem__)
+    path = tmp_path_factory.mktemp("tiktoken") / "cl100k_base.tiktoken"
+    with path.open("w") as stream:
+        for rank, token in enumerate(ranks):
+            raw = bytes(of_character[character] for character in token)
+            stream.write(f"{base64.b64encode(raw).decode()} {rank}\n")
+    return path
+
+
+def test_a_tiktoken_file_gives_its_own_tokens(tiktoken_file, corpus):
+    import tiktoken
+    from tiktoken.load import load_tiktoken_bpe
+    from tiktoken_ext import openai_public
+
+    published = inspect.getsource(openai_public.cl100k_base)
+    pattern = next(line for line in published.splitlines() if "pat_str" in line).split('"""')[1]
+    special = {END_OF_DOCUMENT: 100257}
+    theirs = tiktoken.Encoding(
+        "test",
+        pat_str=pattern,
+        mergeable_ranks=load_tiktoken_bpe(str(tiktoken_file)),
+        special_tokens=special,
+    )
+    loaded = load_tokenizer(tiktoken_file)
+    assert (loaded.eod, loaded.vocab_size) == (100257, 100277)
+    hard = ["don't DON'T   x\n\n \r\n\t12345 日本語 é ", f"a{END_OF_DOCUMENT}b", "  \n  "]
+    for text in [*hard, *islice(read_texts([corpus / "validation.jsonl"], "text"), 20)]:
+        assert loaded.encode(text) == theirs.encode(text, allowed_special="all")
+        assert loaded.decode(loaded.encode(text)) == text
+
+
+def test_files_that_say_too_little_are_named(tiktoken_file, tmp_path):
+    unknown = tmp_path / "mine.tiktoken"
+    unknown.write_bytes(tiktoken_file.read_bytes())
+    with pytest.raises(UserError, match="call it one of r50k_base.tiktoken"):
+        load_tokenizer(unknown)
+    broken = tmp_path / "broken.model"
+    broken.write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"broken\.model is not a SentencePiece model"):
+        load_tokenizer(broken)
+
+
+def test_a_name_is_looked_up_in_hugging_faces_cache(tokenizer_folder, tmp_path):
+    """As it lies in the cache after a download; nothing is fetched."""
+    snapshot = tmp_path / "models--some--tokenizer" / "snapshots" / "0123"
+    shutil.copytree(tokenizer_folder, snapshot)
+    (tmp_path / "models--some--tokenizer" / "refs").mkdir()
+    (tmp_path / "models--some--tokenizer" / "refs" / "main").write_text("0123")
+    program = (
+        "import sys; from samba_megatron.data.tokenizer import load_tokenizer\n"
+        "print(load_tokenizer(sys.argv[1]).identity)"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    for name, code in (("some/tokenizer", 0), ("other/tokenizer", 1)):
+        command = [sys.executable, "-c", program, name]
+        found = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert found.returncode == code
+        expected = load_tokenizer(tokenizer_folder).identity
+        assert expected in found.stdout if code == 0 else "neither the cache" in found.stderr

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from samba_megatron.config.data import DataConfig
+from samba_megatron.data import sample_index
 from samba_megatron.data.datasets import build_train_and_valid
 from samba_megatron.platform.errors import UserError
 
@@ -20,6 +21,18 @@ def digest(dataset) -> str:
     for index in range(len(dataset)):
         result.update(dataset[index]["tokens"].numpy().tobytes())
     return result.hexdigest()
+
+
+def note_orders() -> list[str]:
+    """The datasets whose order this process makes, from now on."""
+    made, make = [], sample_index.epoch_order
+
+    def noting(part, *settings):
+        made.append(part.prefix)
+        return make(part, *settings)
+
+    sample_index.epoch_order = noting
+    return made
 
 
 def build(folder: str, cache: str, train: str, valid: str) -> str:
@@ -37,11 +50,14 @@ def build(folder: str, cache: str, train: str, valid: str) -> str:
 def main() -> None:
     """Runs one of the two processes."""
     rank, folder, train, valid = int(sys.argv[1]), *sys.argv[2:]
+    made = note_orders()
     found = {"alone": build(folder, "raced", train, valid)}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
+    made.clear()
     found["together"] = build(folder, "shared", train, valid)
+    assert bool(made) == (rank == 0), f"rank {rank} has made the orders of {made}"
     try:
         build(folder, "shared", train, "/nowhere")
     except UserError as error:

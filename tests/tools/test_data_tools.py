@@ -52,6 +52,29 @@ def test_from_nothing_to_a_dataset_and_again(folder):
     assert "documents" in preprocess(folder, "--no-append-eod", "--overwrite").stdout
 
 
+def test_a_dry_run_names_sizes_and_time(folder):
+    found = preprocess(folder, "--dry-run")
+    for name in ("tokens, about", "time, about", "gigatoken"):
+        assert name in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shard-size", "0.1"), "--shard-size must be at least 1 MB"),
+        (("--validation-fraction", "1.5"), "--validation-fraction 1.5: give a part below 1"),
+        (("--stages", "/nowhere.yaml"), "cannot read the stages /nowhere.yaml"),
+        (("--stages", "/nowhere.yaml", "--c4"), "leave out the flags of single stages"),
+        (("--verify", "--engine", "huggingface"), "--verify compares gigatoken"),
+        (("--text-key", "body", "--overwrite"), "no text under the key: name the key"),
+    ],
+)
+def test_mistaken_options_are_one_sentence(folder, arguments, message):
+    refused = preprocess(folder, *arguments, expect=2)
+    assert message in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
 def test_skipped_lines_are_listed(folder, tmp_path):
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "fine"}\n{"text": \n')

@@ -2,9 +2,9 @@
 
 import gzip
 import json
-import multiprocessing
 import os
 import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,11 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from samba_megatron.data import encoding
-from samba_megatron.data import preprocess as preprocess_module
-from samba_megatron.data.encoding import Engine
 from samba_megatron.data.jsonl import read_texts
-from samba_megatron.data.preprocess import PreprocessOptions, preprocess
+from samba_megatron.data.preprocessing import encoding, executors
+from samba_megatron.data.preprocessing.encoding import Engine
+from samba_megatron.data.preprocessing.options import PreprocessOptions
+from samba_megatron.data.preprocessing.run import preprocess
 from samba_megatron.data.tokenizer import load_tokenizer
 from samba_megatron.platform.errors import UserError
 
@@ -50,13 +50,9 @@ def test_bytes_equal_megatrons_for_hugging_faces_tokens(
     assert outputs(dataset) == outputs(f"{tmp_path}/theirs")
 
 
-def test_the_output_does_not_depend_on_workers_blocks_engine_or_compression(
-    corpus, tokenizer_folder, dataset, tmp_path, monkeypatch
+def test_the_output_does_not_depend_on_workers_shards_engine_or_compression(
+    corpus, tokenizer_folder, dataset, tmp_path
 ):
-    monkeypatch.setattr(preprocess_module, "_BLOCK_BYTES", 100_000)
-    monkeypatch.setattr(
-        preprocess_module, "_WORTH_A_WORKER", {Engine.GIGATOKEN: 1, Engine.HUGGINGFACE: 1}
-    )
     packed = tmp_path / "train.jsonl.gz"
     packed.write_bytes(gzip.compress((corpus / "train.jsonl").read_bytes(), 1))
     common = PreprocessOptions([str(corpus / "train.jsonl")], str(tokenizer_folder), "")
@@ -64,7 +60,8 @@ def test_the_output_does_not_depend_on_workers_blocks_engine_or_compression(
         [
             common,
             replace(common, inputs=[str(packed)], workers=2),
-            replace(common, workers=3, engine="huggingface"),
+            replace(common, workers=2, engine="huggingface", shard_bytes=1 << 20, merge=True),
+            replace(common, shard_bytes=1 << 20, merge=True),
         ]
     ):
         prefix = str(tmp_path / str(number))
@@ -83,11 +80,11 @@ def test_the_report_and_the_manifest_count_what_was_done(options, tokenizer_fold
     assert written["counts"]["tokens"] == sum(expected)
     assert written["tokenizer"]["identity"] == tokenizer.identity
     assert written["inputs"][0]["size"] == os.path.getsize(options.inputs[0])
-    assert written["output"]["dtype"] == "uint16"
+    assert written["datasets"][0]["dtype"] == "uint16"
     lengths = [len(row) for row in IndexedDataset(options.output_prefix)]
     assert lengths == expected
     names = sorted(path.name for path in Path(options.output_prefix).parent.iterdir())
-    assert names == ["dataset.bin", "dataset.idx", "dataset.manifest.json"]
+    assert names == ["dataset.bin", "dataset.blend.yaml", "dataset.idx", "dataset.manifest.json"]
 
 
 def test_a_special_token_in_a_text_is_handled_as_hugging_face_does(
@@ -206,25 +203,29 @@ def test_an_unusable_line_is_named_or_skipped(options, write_jsonl, line, messag
     assert manifest(options.output_prefix)["counts"]["skipped"] == dict(report.skipped)
 
 
-def test_lines_are_counted_across_blocks_and_workers(options, write_jsonl, monkeypatch):
-    monkeypatch.setattr(preprocess_module, "_BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(preprocess_module, "_WORTH_A_WORKER", {Engine.GIGATOKEN: 1})
+def test_lines_are_counted_across_batches_and_shards(options, write_jsonl):
     documents = [{"text": "some words " * 20_000}] * 20
     write_jsonl(*documents, "{", *documents)
     with pytest.raises(UserError, match=r"documents\.jsonl:21: malformed"):
-        preprocess(replace(options, workers=2))
+        preprocess(options)
     assert list(Path(options.output_prefix).parent.iterdir()) == []
+    sharded = replace(options, workers=2, shard_bytes=1 << 20)
+    with pytest.raises(UserError, match=r"documents\.jsonl:21: malformed"):
+        preprocess(sharded)
+    report = preprocess(replace(sharded, on_error="skip", overwrite=True))
+    assert report.skipped_examples[0].endswith("documents.jsonl:21: malformed JSON")
+    assert (report.shards, report.documents, report.lines) == (9, 40, 41)
 
 
 def test_inputs_without_documents_are_refused(options, write_jsonl):
     write_jsonl("", "")
-    with pytest.raises(UserError, match="the inputs hold no documents"):
+    with pytest.raises(UserError, match="the inputs hold no documents, .* was not written"):
         preprocess(options)
     assert list(Path(options.output_prefix).parent.iterdir()) == []
 
 
 def test_a_difference_between_engines_falls_back_with_a_warning(options, monkeypatch):
-    def wrong(tokenizer):
+    def wrong(tokenizer, threads=False):
         right = encoding._huggingface_encoder(tokenizer)
 
         def encode(texts):
@@ -254,15 +255,12 @@ def test_mistaken_options_are_named(options, change, message):
 
 
 def test_a_killed_worker_is_explained(options, write_jsonl, monkeypatch):
-    monkeypatch.setattr(preprocess_module, "_WORTH_A_WORKER", {Engine.GIGATOKEN: 1})
-    monkeypatch.setattr(preprocess_module, "_BLOCK_BYTES", 1 << 20)
     write_jsonl(*[{"text": "some words " * 20_000}] * 60)
 
-    def kill_workers(*_: object) -> None:
-        for process in multiprocessing.active_children():
-            process.kill()
+    def die(executor: object, rank: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(preprocess_module, "_account", kill_workers)
+    monkeypatch.setattr(executors, "_run_quietly", die)
     with pytest.raises(UserError, match=r"worker died.*fewer --workers"):
-        preprocess(replace(options, workers=2))
+        preprocess(replace(options, workers=2, shard_bytes=1 << 20))
     assert list(Path(options.output_prefix).parent.iterdir()) == []

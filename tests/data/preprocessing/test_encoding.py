@@ -1,6 +1,5 @@
 """Gigatoken's tokens are Hugging Face's, and where they are not, Hugging Face's are used."""
 
-import json
 from itertools import chain
 from pathlib import Path
 
@@ -10,15 +9,15 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samba_megatron.data import encoding
-from samba_megatron.data.encoding import (
-    BlockTokenizer,
+from samba_megatron.data.jsonl import read_texts
+from samba_megatron.data.preprocessing import encoding
+from samba_megatron.data.preprocessing.encoding import (
+    BatchTokenizer,
     Engine,
     SampleDocument,
     choose_engine,
     make_encoder,
 )
-from samba_megatron.data.jsonl import Defect, read_texts
 from samba_megatron.data.tokenizer import load_tokenizer
 
 
@@ -71,8 +70,8 @@ def test_a_tokenizer_that_gigatoken_does_not_know_falls_back(tmp_path):
     assert engine is Engine.HUGGINGFACE
     assert reason is not None
     assert "gigatoken cannot run this tokenizer" in reason
-    block = BlockTokenizer(tokenizer, engine, "text", append_eod=True)(b'{"text": "a a b"}\n')
-    assert block.tokens.tolist() == [2, 2, 0, 1]
+    found = BatchTokenizer(tokenizer, engine, append_eod=True)([b"a a b"])
+    assert found.tokens.tolist() == [2, 2, 0, 1]
 
 
 def off_by_one(encoder: encoding.Encoder, victim: bytes) -> encoding.Encoder:
@@ -96,7 +95,7 @@ def broken_gigatoken(monkeypatch):
     monkeypatch.setattr(
         encoding,
         "_gigatoken_encoder",
-        lambda tokenizer: off_by_one(encoding._huggingface_encoder(tokenizer), b"victim"),
+        lambda tokenizer, threads: off_by_one(encoding._huggingface_encoder(tokenizer), b"victim"),
     )
 
 
@@ -107,41 +106,54 @@ def test_a_difference_in_the_sample_falls_back_and_names_it(tokenizer, broken_gi
     assert reason == "gigatoken gives other tokens for docs.jsonl:7"
 
 
-def test_a_difference_found_later_is_reported_by_line(tokenizer, broken_gigatoken):
-    tokenize = BlockTokenizer(tokenizer, Engine.GIGATOKEN, "text", append_eod=True)
-    lines = [{"text": "fine"}, {"text": "victim"}, {"text": "x" * 20_000}]
-    block = tokenize("\n".join(map(json.dumps, lines)).encode())
-    assert block.disagreement == 2
-    assert tokenize(b'{"text": "fine"}').disagreement is None
+def test_a_difference_is_found_later(tokenizer, broken_gigatoken):
+    texts = [b"fine", b"victim", b"x" * 20_000]
+    spot_checked = BatchTokenizer(tokenizer, Engine.GIGATOKEN, append_eod=True)
+    assert spot_checked(texts).disagreement == 1
+    assert spot_checked(texts).disagreement is None  # the next check is tens of megabytes away
+    verified = BatchTokenizer(tokenizer, Engine.GIGATOKEN, append_eod=True, verify=True)
+    assert [verified(texts).disagreement, verified([b"victim"] * 2).disagreement] == [1, 0]
+    assert verified([b"fine"]).disagreement is None
 
 
 @pytest.mark.parametrize("engine", list(Engine))
-def test_a_block_is_its_documents_each_with_an_end(tokenizer, engine):
-    texts = ["one", "two words", "three\nlines\nhere"]
-    block = "\n".join(json.dumps({"body": text}) for text in texts).encode()
-    result = BlockTokenizer(tokenizer, engine, "body", append_eod=True)(block)
+@pytest.mark.parametrize("texts", [["one", "two words", "three\nlines\nhere"], ["x y " * 900] * 3])
+def test_documents_end_with_the_eod(tokenizer, engine, texts):
+    encoded = [text.encode() for text in texts]
+    result = BatchTokenizer(tokenizer, engine, append_eod=True)(encoded)
     expected = [[*tokenizer.encode(text), tokenizer.eod] for text in texts]
     assert result.lengths.tolist() == [len(row) for row in expected]
     assert result.tokens.tolist() == list(chain(*expected))
     assert result.tokens.dtype == np.uint16
-    bare = BlockTokenizer(tokenizer, engine, "body", append_eod=False)(block)
+    bare = BatchTokenizer(tokenizer, engine, append_eod=False)(encoded)
     assert bare.tokens.tolist() == list(chain(*(row[:-1] for row in expected)))
-    assert result.text_bytes == sum(map(len, texts))
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
-def test_a_block_without_documents(tokenizer, append_eod):
-    result = BlockTokenizer(tokenizer, Engine.GIGATOKEN, "text", append_eod)(b"{}\n\n")
-    assert (len(result.tokens), len(result.lengths), result.lines) == (0, 0, 2)
-    assert [issue.defect for issue in result.issues] == [Defect.MISSING_KEY]
+def test_no_texts_are_no_tokens(tokenizer, append_eod):
+    result = BatchTokenizer(tokenizer, Engine.GIGATOKEN, append_eod)([])
+    assert (len(result.tokens), len(result.lengths), result.emptied) == (0, 0, [])
 
 
-def test_a_document_that_the_normalizer_empties_is_an_issue(tmp_path: Path):
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_a_text_that_the_normalizer_empties_is_no_document(tmp_path: Path, append_eod):
     model = tokenizers.models.WordLevel({"[UNK]": 0, "<|endoftext|>": 1, "a": 2}, "[UNK]")
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = tokenizers.normalizers.Strip()
     backend.save(str(tmp_path / "tokenizer.json"))
-    tokenize = BlockTokenizer(load_tokenizer(tmp_path), Engine.HUGGINGFACE, "text", False)
-    result = tokenize(b'{"text": "a"}\n{"text": " "}\n{"text": "a"}\n')
-    assert result.lengths.tolist() == [1, 1]
-    assert [(issue.line, issue.defect) for issue in result.issues] == [(2, Defect.EMPTY)]
+    tokenize = BatchTokenizer(load_tokenizer(tmp_path), Engine.HUGGINGFACE, append_eod)
+    result = tokenize([b"a", b" ", b"a"])
+    assert result.tokens.tolist() == ([2, 1, 2, 1] if append_eod else [2, 2])
+    assert result.emptied == [1]
+
+
+def test_words_are_forgotten_before_memory_runs_out(tokenizer):
+    """Gigatoken keeps every word it has met: on random words that would be gigabytes."""
+    small = encoding._resident_bytes() + (40 << 20)
+    tokenize = BatchTokenizer(tokenizer, Engine.GIGATOKEN, True, memory_bytes=small)
+    random = np.random.default_rng(0)
+    for _ in range(12):
+        letters = random.integers(97, 123, (100_000, 10), dtype=np.uint8)
+        letters[:, 9] = 32
+        tokenize([letters.tobytes()])
+    assert encoding._resident_bytes() < small + (60 << 20)
