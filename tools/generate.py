@@ -102,7 +102,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     device = ("cuda" if cuda else "cpu") if arguments.device == "auto" else arguments.device
     dtype = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return model.to(device).eval(), tokenizer
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> Speed:

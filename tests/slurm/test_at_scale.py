@@ -82,7 +82,7 @@ def test_what_cannot_be_scheduled_is_refused(
     for options, words in (
         (("--nodes", 1025, "--training.global_batch_size", 8200), "--nodes"),
         (("--nodes", 512, "--site", one_switch), "would refuse"),
-        (("--gpus-per-node", 16, "--training.global_batch_size", 16384), "16 is more than any"),
+        (("--gpus-per-node", 16, "--training.global_batch_size", 16384), "--gpus-per-node"),
         (("--partition", "gpuu"), "no partition gpuu on this cluster: use --partition main"),
     ):
         result = submit(paper_cluster, tmp_path / "run", prefix, *options)
