@@ -106,26 +106,18 @@ def initialize(parallel: "ParallelConfig") -> Rank:
     # torch remembers the last collectives of each rank, for the report on a hang.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if not torch.distributed.is_initialized():
-        _set_single_process_defaults()
+        # Without a launcher there is nobody to meet: no port is needed.
+        alone = rank.world_size == 1 and "MASTER_ADDR" not in os.environ
         torch.distributed.init_process_group(
             backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
             world_size=rank.world_size,
             rank=rank.rank,
+            store=torch.distributed.HashStore() if alone else None,
             timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
             device_id=None if on_cpu else torch.device("cuda", rank.local_rank),
         )
     _initialize_megatron_groups(parallel)
     return rank
-
-
-def _set_single_process_defaults() -> None:
-    if "MASTER_ADDR" not in os.environ:
-        import socket
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
 
 
 def _initialize_megatron_groups(parallel: "ParallelConfig") -> None:
