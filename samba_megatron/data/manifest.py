@@ -8,8 +8,9 @@ describes them together, and each shard has a manifest of its own with the same 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from samba_megatron.data.indexed import IndexedWriter, bin_path, idx_path
 from samba_megatron.data.publish import atomic_write
 from samba_megatron.platform.errors import UserError
 
@@ -51,6 +52,22 @@ class DatasetRecord:
     bin_bytes: int
     idx_bytes: int
     bin_sha256: str
+
+    @classmethod
+    def finish(cls, writer: IndexedWriter, prefix: str | Path, split: str) -> Self:
+        """Publishes what a writer has written, and describes it."""
+        info = writer.finish()
+        return cls(
+            name=Path(prefix).name,
+            split=split,
+            documents=info.documents,
+            tokens=info.tokens,
+            dtype=str(info.dtype),
+            max_token_id=writer.max_token_id,
+            bin_bytes=bin_path(prefix).stat().st_size,
+            idx_bytes=idx_path(prefix).stat().st_size,
+            bin_sha256=writer.bin_sha256,
+        )
 
 
 @dataclass

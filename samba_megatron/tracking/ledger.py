@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from samba_megatron.tracking import json_lines
+
 FILE_NAME = "run.jsonl"
 
 _SLURM_FIELDS = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT"}
@@ -69,7 +71,7 @@ def append(run_dir: Path, event: str, **values: Any) -> dict[str, Any]:
     run_dir.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(record) + "\n").encode()
     path = run_dir / FILE_NAME
-    if _ends_in_half_a_line(path):
+    if json_lines.ends_in_half_a_line(path):
         line = b"\n" + line
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -86,26 +88,7 @@ def read(run_dir: Path, event: str | None = None) -> list[dict[str, Any]]:
     A line that a killed process left half-written is skipped.
     """
     try:
-        lines = (run_dir / FILE_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+        records = json_lines.read(run_dir / FILE_NAME, "event")
     except FileNotFoundError:
         return []
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and event in (None, record.get("event")):
-            records.append(record)
-    return records
-
-
-def _ends_in_half_a_line(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            if not file.seek(0, os.SEEK_END):
-                return False
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"
-    except FileNotFoundError:
-        return False
+    return [record for record in records if event in (None, record["event"])]

@@ -10,9 +10,10 @@ had done after its last checkpoint appear again: readers take the last line of a
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from samba_megatron.tracking import json_lines
 
 FILE_NAME = "metrics.jsonl"
 
@@ -23,8 +24,10 @@ class MetricsFile:
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / FILE_NAME
-        _end_last_line(self.path)
+        half = json_lines.ends_in_half_a_line(self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        if half:
+            self._file.write("\n")
 
     def write(self, kind: str, **values: Any) -> dict[str, Any]:
         """Appends one object and returns it; non-finite numbers become null (JSON has none)."""
@@ -46,7 +49,7 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     A line that a killed run left half-written is skipped.
     """
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, record in enumerate(_records(path)):
+    for number, record in enumerate(json_lines.read(path, "kind")):
         if kind is not None and record["kind"] != kind:
             continue
         key: tuple[Any, ...] = (
@@ -59,27 +62,6 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
         last.pop(key, None)
         last[key] = record
     return list(last.values())
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and "kind" in record:
-                yield record
-
-
-def _end_last_line(path: Path) -> None:
-    """A killed run may have left half a line: the next object must not be glued to it."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with open(path, "rb+") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import batched
 from typing import Any
 
@@ -45,7 +46,7 @@ class MlflowSink:
 
     def open(self, state: dict[str, Any], tags: dict[str, str]) -> dict[str, Any]:
         """Goes on with the run of ``state``, or makes one."""
-        with _Patience():
+        with _reporting():
             if not state:
                 experiment = self._client.get_experiment_by_name(self._experiment)
                 number = (
@@ -65,7 +66,7 @@ class MlflowSink:
         """MLflow's parameters never change: what a resume changed is kept as a tag beside it."""
         from mlflow.entities import Param, RunTag
 
-        with _Patience():
+        with _reporting():
             known = self._client.get_run(self._run_id).data.params
             texts = {name: str(value)[:_LONGEST] or "''" for name, value in values.items()}
             new = [Param(name, text) for name, text in texts.items() if name not in known]
@@ -81,7 +82,7 @@ class MlflowSink:
 
     def metrics(self, records: Iterable[tuple[int, float, dict[str, float]]]) -> None:
         """Sends them in requests of the size that MLflow takes."""
-        with _Patience():
+        with _reporting():
             for some in batched(_metrics(records), _BATCH):
                 self._client.log_batch(self._run_id, metrics=list(some))
 
@@ -91,7 +92,7 @@ class MlflowSink:
 
         if exit_code == ExitCode.REQUEUE:
             return
-        with _Patience():
+        with _reporting():
             status = "FINISHED" if exit_code == ExitCode.DONE else "FAILED"
             self._client.set_terminated(self._run_id, status=status)
 
@@ -104,12 +105,10 @@ def _metrics(records: Iterable[tuple[int, float, dict[str, float]]]) -> Iterator
             yield Metric(name, value, int(1000 * seconds), step)
 
 
-class _Patience:
+@contextmanager
+def _reporting() -> Iterator[None]:
     """Whatever MLflow or the network says becomes :class:`SinkUnavailable`: nothing is lost."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
-            raise SinkUnavailable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    try:
+        yield
+    except Exception as error:
+        raise SinkUnavailable(f"{type(error).__name__}: {error}".splitlines()[0]) from error

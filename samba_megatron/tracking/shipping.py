@@ -25,6 +25,7 @@ from typing import Any
 
 from samba_megatron.config import RunConfig
 from samba_megatron.platform.errors import UserError, run_command
+from samba_megatron.tracking import json_lines
 from samba_megatron.tracking.metrics import FILE_NAME
 from samba_megatron.tracking.sink import Sink, SinkUnavailable
 
@@ -134,11 +135,8 @@ class Shipper:
                 if not line.endswith(b"\n") or len(records) == _BLOCK:
                     break
                 offset += len(line)
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # half a line of a killed run
-                if isinstance(record, dict) and "kind" in record:
+                record = json_lines.parse(line, "kind")
+                if record is not None:
                     records.append(record)
                     if record["kind"] == "end":
                         break

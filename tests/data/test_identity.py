@@ -36,9 +36,9 @@ def test_an_identity_equals_itself_and_a_moved_copy(data, tmp_path):
         for ending in ("bin", "idx"):
             shutil.copy(tmp_path / f"{name}.{ending}", tmp_path / f"moved/{name}.{ending}")
         moved += ["0.5", str(tmp_path / "moved" / name)]
-    for now in (data, replace(data, data_path=moved)):
-        assert identity_differences(before, dataset_identity(now, 1)) == []
-        assert blend_changes(before, dataset_identity(now, 1)) == []
+    for other in (data, replace(data, data_path=moved)):
+        assert identity_differences(before, dataset_identity(other, 1)) == []
+        assert blend_changes(before, dataset_identity(other, 1)) == []
 
 
 def test_what_must_not_change_is_named(data, tmp_path):

@@ -1,7 +1,6 @@
 """Ends a run: joins shards if asked to, writes manifests and the blend file that a recipe takes."""
 
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from samba_megatron import __version__
 from samba_megatron.data.indexed import (
     IndexedWriter,
     bin_path,
-    idx_path,
     read_index,
     sequence_lengths,
 )
@@ -120,18 +118,7 @@ def _merge(job: Job, split: str, datasets: list[DatasetRecord]) -> DatasetRecord
         for prefix in prefixes:
             for tokens, lengths in _runs(prefix):
                 writer.add(tokens, lengths)
-        info = writer.finish()
-    return DatasetRecord(
-        name=Path(target).name,
-        split=split,
-        documents=info.documents,
-        tokens=info.tokens,
-        dtype=str(info.dtype),
-        max_token_id=writer.max_token_id,
-        bin_bytes=os.path.getsize(bin_path(target)),
-        idx_bytes=os.path.getsize(idx_path(target)),
-        bin_sha256=writer.bin_sha256,
-    )
+        return DatasetRecord.finish(writer, target, split)
 
 
 def _runs(prefix: str) -> Iterator[tuple[Any, Any]]:

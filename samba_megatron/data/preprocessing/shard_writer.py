@@ -2,11 +2,9 @@
 
 import errno
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -175,18 +173,7 @@ class ShardWriter:
                 path.unlink(missing_ok=True)
             writer.discard()
             return None
-        info = writer.finish()
-        entry = DatasetRecord(
-            name=Path(prefix).name,
-            split=split,
-            documents=info.documents,
-            tokens=info.tokens,
-            dtype=str(info.dtype),
-            max_token_id=writer.max_token_id,
-            bin_bytes=os.path.getsize(bin_path(prefix)),
-            idx_bytes=os.path.getsize(idx_path(prefix)),
-            bin_sha256=writer.bin_sha256,
-        )
+        entry = DatasetRecord.finish(writer, prefix, split)
         if len(self._job.shards) > 1 and not self._job.options.merge:
             write_manifest(prefix, self._manifest(entry))
         return entry

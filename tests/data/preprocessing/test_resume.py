@@ -254,7 +254,13 @@ def test_two_commands_for_one_output_exclude_each_other(stopped):
 
 def test_a_signal_ends_it_and_its_workers(options, tmp_path):
     mine = replace(options, output_prefix=str(tmp_path / "out" / "text"))
-    process = subprocess.Popen(command(mine), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(mine),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # A shell starts what is in its background with the signal ignored, and so its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     workspace = Workspace(mine.output_prefix)
     while len(finished(workspace)) < 2 and process.poll() is None:
         time.sleep(0.01)
