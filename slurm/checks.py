@@ -10,7 +10,7 @@ from pathlib import Path
 
 from samba_megatron.config import RunConfig
 from samba_megatron.config.checks import check_config
-from samba_megatron.config.rules.run import weight_of
+from samba_megatron.data.blend import training_blend, validation_blend
 from samba_megatron.platform.errors import UserError
 from slurm import scheduler
 from slurm.site_settings import Site
@@ -60,21 +60,17 @@ def layout(config: RunConfig, nodes: int, gpus: int) -> None:
 
 def paths(config: RunConfig, run_dir: Path, site: Site) -> None:
     """What the run reads is there, and everything lies where all nodes see it."""
-    for name, path in _inputs(config):
+    inputs = list(_inputs(config))
+    for name, path in inputs:
         if not path.exists():
             raise UserError(f"{name} names {path}, which is not there: check the path")
     everything = [
-        *_inputs(config),
+        *inputs,
         ("--run-dir", run_dir),
         ("checkpoint.save", Path(str(config.checkpoint.save))),
     ]
     for name, path in everything:
         _refuse_local(name, path.absolute(), site.shared_paths)
-
-
-def is_weight(entry: str) -> bool:
-    """Whether an entry of ``data.data_path`` is a number, and no prefix."""
-    return weight_of(entry) is not None
 
 
 def container(site: Site, image: str | None) -> None:
@@ -90,12 +86,16 @@ def container(site: Site, image: str | None) -> None:
 
 
 def _inputs(config: RunConfig) -> Iterator[tuple[str, Path]]:
+    """What the run reads: (who names it, path)."""
     data = config.data
-    for name, entries in (("data_path", data.data_path), ("valid_data_path", data.valid_data_path)):
-        for entry in entries:
-            if not is_weight(entry):
-                yield f"data.{name}", Path(f"{entry}.bin")
-                yield f"data.{name}", Path(f"{entry}.idx")
+    yield from (("data.blend_file", Path(file)) for file in data.blend_file)
+    blends = [training_blend(data)]
+    if data.valid_data_path:
+        blends.append(validation_blend(data.valid_data_path))
+    for blend in blends:
+        for prefix in blend.prefixes:
+            yield blend.place, Path(f"{prefix}.bin")
+            yield blend.place, Path(f"{prefix}.idx")
     if data.tokenizer:
         yield "data.tokenizer", Path(data.tokenizer)
     if config.checkpoint.load:
@@ -121,13 +121,14 @@ def _refuse_local(name: str, path: Path, shared: list[str]) -> None:
 def file_system(path: Path) -> str:
     """The type of the file system that a path is on, or will be; "" if that is not known."""
     best, kind = "", ""
+    path = path.resolve()
     try:
         mounts = Path("/proc/mounts").read_text().splitlines()
     except OSError:
         return ""
     for line in mounts:
         _, point, type_of, *_ = line.split()
-        if len(point) > len(best) and path.resolve().is_relative_to(point):
+        if len(point) > len(best) and path.is_relative_to(point):
             best, kind = point, type_of
     return kind
 
@@ -195,7 +196,7 @@ def disk(config: RunConfig) -> str:
 
 
 def cluster(partition: str | None, gpus: int) -> None:
-    """The partition exists, and its nodes have that many GPUs, all of them alike.
+    """The partition exists, and its nodes have that many GPUs.
 
     Raises:
         UserError: otherwise.
@@ -206,11 +207,8 @@ def cluster(partition: str | None, gpus: int) -> None:
             f"there is no partition {partition} on this cluster: use --partition "
             f"{' or '.join(names)}"
         )
-    kinds = scheduler.gpus_of_nodes(partition)
-    counts = {kind: _gpus_in(kind) for kind in kinds}
-    fitting = [kind for kind in kinds if counts[kind] >= gpus]
-    if kinds and not fitting:
-        most = max(counts.values())
+    most = max(map(_gpus_in, scheduler.resources_of_nodes(partition)), default=None)
+    if most is not None and most < gpus:
         raise UserError(
             f"--gpus-per-node {gpus} is more than any node of the partition has ({most}): use "
             f"{most or 'another partition'}"

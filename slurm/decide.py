@@ -4,7 +4,6 @@ The training processes say in the ledger what they know; Slurm knows of limits, 
 nodes; the log of srun knows which rank fell first. Standard library only.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -170,18 +169,18 @@ _DECISIONS = {
 }
 
 
-def decide(cause: Cause, code: int, earlier: Sequence[Cause | str], limit: int) -> Decision:
+def decide(cause: Cause, code: int, failures: int, limit: int) -> Decision:
     """What follows from an end.
 
     Args:
         cause: of this end.
         code: exit code of the training step.
-        earlier: causes of the ends without a new checkpoint, in a row, this one among them.
+        failures: ends in a row without a new checkpoint, this one among them.
         limit: how many of those there may be.
     """
     if code == ExitCode.HOLD:
         return Decision.HOLD
     decision = _DECISIONS.get(cause, Decision.REQUEUE)
-    if decision is Decision.REQUEUE and len(earlier) >= limit:
+    if decision is Decision.REQUEUE and failures >= limit:
         return Decision.HOLD
     return decision

@@ -70,10 +70,7 @@ def _end_in_ledger(run_dir: Path, attempt: tuple[int, int]) -> dict[str, Any] | 
 def _dead_nodes(run_dir: Path, logs: Path) -> dict[str, str]:
     """Of the nodes that the job started on: Slurm forgets them when it puts the job back."""
     dead = dict.fromkeys(_NODE_FAILED.findall(_text(logs / SRUN_LOG)), "failed")
-    try:
-        return dead | scheduler.dead_nodes(history.attempts(run_dir)[-1].nodes)
-    except scheduler.SlurmError:
-        return dead
+    return dead | scheduler.dead_nodes(history.attempts(run_dir)[-1].nodes)
 
 
 def seconds_until(moment: str) -> float | None:

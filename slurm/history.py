@@ -33,7 +33,6 @@ class Attempt:
     last_checkpoint: int | None = None
     """The same at the end; None while it runs."""
     ended: float | None = None
-    code: int | None = None
     cause: str | None = None
     decision: str | None = None
     reason: str = ""
@@ -74,8 +73,8 @@ def _note_end(found: list[Attempt], record: dict[str, Any]) -> None:
         if (attempt.job, attempt.restart) == which and attempt.ended is None:
             attempt.ended = record.get("ended", record["time"])
             attempt.last_checkpoint = record.get("checkpoint", -1)
-            attempt.code, attempt.cause = record.get("code"), record.get("cause")
-            attempt.decision, attempt.reason = record.get("decision"), record.get("reason", "")
+            attempt.cause, attempt.decision = record.get("cause"), record.get("decision")
+            attempt.reason = record.get("reason", "")
             return
 
 
@@ -83,11 +82,12 @@ def failures_in_a_row(found: list[Attempt]) -> list[Attempt]:
     """The newest ends without a new checkpoint, newest first, since progress or a hold."""
     row: list[Attempt] = []
     for attempt in reversed(found):
-        if attempt.ended is None or attempt.cause in PATIENT_CAUSES:
+        if attempt.ended is None:
             continue
         if attempt.has_progress or attempt.decision == "hold":
             break
-        row.append(attempt)
+        if attempt.cause not in PATIENT_CAUSES:
+            row.append(attempt)
     return row
 
 

@@ -81,10 +81,12 @@ def begin(run_dir: Path, plan: Plan, hosts: Path) -> int:
         hosts: file to write the node of each rank into, by rank.
     """
     job, restart = history.this_attempt()
+    # Of this script's own environment: slurmctld may be slow to answer.
+    nodelist = os.environ["SLURM_JOB_NODELIST"]
+    refuse_uneven_nodes(nodelist)
     fields = scheduler.job(job) or {}
-    refuse_uneven_nodes(fields)
     checkpoint = history.newest_checkpoint(Path(plan.checkpoints))
-    nodes = scheduler.hostnames(fields.get("NodeList", ""))
+    nodes = scheduler.hostnames(nodelist)
     earlier = [node for attempt in history.attempts(run_dir) for node in attempt.nodes]
     dead = scheduler.dead_nodes(sorted({*earlier, *nodes}))
     history.settle_lost(run_dir, checkpoint, dead)
@@ -94,7 +96,7 @@ def begin(run_dir: Path, plan: Plan, hosts: Path) -> int:
         run_dir,
         "job_start",
         nodes=nodes,
-        nodelist=fields.get("NodeList", ""),
+        nodelist=nodelist,
         partition=fields.get("Partition", ""),
         time_limit=fields.get("TimeLimit", ""),
         checkpoint=checkpoint,
@@ -102,20 +104,28 @@ def begin(run_dir: Path, plan: Plan, hosts: Path) -> int:
     )
     row = history.failures_in_a_row(history.attempts(run_dir))
     if len(row) >= plan.max_failures:
-        return _hold(run_dir, plan, _loop_reason(row), checkpoint, code=None)
-    print(f"[job] start {restart} of job {job} on {fields.get('NodeList')}, ", end="")
+        loop = _crash_loop(row)
+        _note_end(run_dir, loop, None, Decision.HOLD, checkpoint, {})
+        return _hold(run_dir, plan, loop) or ExitCode.FAILED
+    print(f"[job] start {restart} of job {job} on {nodelist}, ", end="")
     print("from the beginning" if checkpoint < 0 else f"from the checkpoint of step {checkpoint}")
     return ExitCode.DONE
 
 
 def _seconds_left(plan: Plan) -> int | str:
-    """Until the job's limit, less what this script needs after the ranks; "" without a limit."""
+    """Until the job's limit, less what this script needs after the ranks; "" without a limit.
+
+    A minute where Slurm does not answer: to be asked again then.
+    """
     job, _ = history.this_attempt()
-    left = evidence.seconds_until((scheduler.job(job) or {}).get("EndTime", ""))
+    fields = scheduler.job(job)
+    if fields is None:
+        return 60
+    left = evidence.seconds_until(fields.get("EndTime", ""))
     return "" if left is None else int(left - min(60, 30 * plan.signal_minutes))
 
 
-def refuse_uneven_nodes(fields: dict[str, str]) -> None:
+def refuse_uneven_nodes(nodelist: str) -> None:
     """One rank a GPU and the same number on every node: tensor parallelism lies within a node.
 
     Raises:
@@ -126,13 +136,17 @@ def refuse_uneven_nodes(fields: dict[str, str]) -> None:
     tasks = os.environ.get("SLURM_TASKS_PER_NODE", "")
     if tasks and not re.fullmatch(r"\d+(\(x\d+\))?", tasks):
         raise UserError(
-            f"the nodes {fields.get('NodeList', '')} have different numbers of GPUs ({tasks}): "
+            f"the nodes {nodelist} have different numbers of GPUs ({tasks}): "
             "all must have the same; choose them with --partition or the site's constraint"
         )
 
 
 def judge_nodes(run_dir: Path, plan: Plan, reports: Path, nodes: list[str]) -> int:
-    """Reads the reports of a check; bad nodes are excluded and the job is put back."""
+    """Reads the reports of a check; bad nodes are excluded and the job is put back.
+
+    Returns:
+        0 only if all are fit: a job of a chain must end too, and leave the run to the next one.
+    """
     job, _ = history.this_attempt()
     is_running = (scheduler.job(job) or {}).get("JobState") == "RUNNING"
     # Where Slurm is ending the job, reports lack because the check was ended too.
@@ -141,7 +155,8 @@ def judge_nodes(run_dir: Path, plan: Plan, reports: Path, nodes: list[str]) -> i
         return ExitCode.DONE
     _note_bad(run_dir, bad)
     reason = "; ".join(f"{node}: {what}" for node, what in bad.items())
-    return _finish(run_dir, plan, Finding(Cause.BAD_NODE, reason), int(ExitCode.BAD_NODE), {})
+    code = ExitCode.BAD_NODE
+    return _finish(run_dir, plan, Finding(Cause.BAD_NODE, reason), int(code), {}) or code
 
 
 def read_reports(reports: Path, nodes: list[str]) -> dict[str, str]:
@@ -190,13 +205,12 @@ def _finish(run_dir: Path, plan: Plan, finding: Finding, code: int, extra: dict[
     """Decides, writes the attempt's end into the ledger, and acts."""
     checkpoint = history.newest_checkpoint(Path(plan.checkpoints))
     row = _row_with_this_end(run_dir, finding.cause, checkpoint)
-    decision = decide(finding.cause, code, [a.cause or "" for a in row], plan.max_failures)
+    decision = decide(finding.cause, code, len(row), plan.max_failures)
     print(f"[job] ended by {finding.cause}: {finding.reason}")
-    if decision is Decision.HOLD:
-        in_a_loop = len(row) >= plan.max_failures
-        reason = _loop_reason(row) if in_a_loop else finding.reason
-        return _hold(run_dir, plan, reason, checkpoint, code, finding, extra)
     _note_end(run_dir, finding, code, decision, checkpoint, extra)
+    if decision is Decision.HOLD:
+        is_loop = len(row) >= plan.max_failures
+        return _hold(run_dir, plan, _crash_loop(row) if is_loop else finding)
     print(f"[job] {decision}", flush=True)
     if decision is Decision.REQUEUE:
         return _start_again(run_dir, plan)
@@ -234,27 +248,16 @@ def _note_end(
     )
 
 
-def _loop_reason(row: list[Attempt]) -> str:
+def _crash_loop(row: list[Attempt]) -> Finding:
     causes = ", ".join(str(attempt.cause) for attempt in reversed(row))
-    return f"{len(row)} ends in a row without a new checkpoint ({causes}): a person must look"
+    reason = f"{len(row)} ends in a row without a new checkpoint ({causes}): a person must look"
+    return Finding(Cause.CRASH_LOOP, reason)
 
 
-def _hold(
-    run_dir: Path,
-    plan: Plan,
-    reason: str,
-    checkpoint: int,
-    code: int | None,
-    finding: Finding | None = None,
-    extra: dict[str, Any] | None = None,
-) -> int:
+def _hold(run_dir: Path, plan: Plan, why: Finding) -> int:
     """The run does not go on by itself; says why, and how it does after a person has looked."""
-    in_a_loop = finding is None or reason != finding.reason
-    finding = finding or Finding(Cause.CRASH_LOOP, reason)
-    _note_end(run_dir, finding, code, Decision.HOLD, checkpoint, extra or {})
-    cause = Cause.CRASH_LOOP if in_a_loop else finding.cause
-    ledger.append(run_dir, "hold", cause=cause, reason=reason)
-    print(f"[job] hold: {reason}")
+    ledger.append(run_dir, "hold", cause=why.cause, reason=why.reason)
+    print(f"[job] hold: {why.reason}")
     print("[job] to go on after a look: scontrol release JOB if it is held, else submit again")
     sys.stdout.flush()
     if plan.chain:
@@ -281,11 +284,12 @@ def _start_again(run_dir: Path, plan: Plan) -> int:
         if not following:
             print("[job] this was the last job of the chain: submit again to go on")
         return ExitCode.DONE
-    fields = scheduler.job(me) or {}
-    by_code = "75" in scheduler.setting("RequeueExit").split(",")
-    if by_code and fields.get("JobState") == "RUNNING" and _excludes(fields, exclude):
-        return ExitCode.REQUEUE
     sys.stdout.flush()
+    try:
+        if _comes_back_by_code(me, exclude):
+            return ExitCode.REQUEUE
+    except scheduler.SlurmError as error:
+        print(f"[job] whether Slurm requeues by itself is not known: {error}", flush=True)
     try:
         # Also where Slurm is ending the job already, for its time: it would not come back.
         scheduler.requeue(me, exclude)
@@ -294,8 +298,12 @@ def _start_again(run_dir: Path, plan: Plan) -> int:
     return ExitCode.REQUEUE
 
 
-def _excludes(fields: dict[str, str], nodes: list[str]) -> bool:
-    """Whether the job keeps off the nodes already."""
+def _comes_back_by_code(job: int, nodes: list[str]) -> bool:
+    """Whether the site requeues code 75, and the job keeps off the nodes already."""
+    fields = scheduler.job(job) or {}
+    by_code = "75" in scheduler.setting("RequeueExit").split(",")
+    if not by_code or fields.get("JobState") != "RUNNING":
+        return False
     listed = fields.get("ExcNodeList", "")
     return set(nodes) <= set(scheduler.hostnames("" if listed == "(null)" else listed))
 

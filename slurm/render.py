@@ -3,10 +3,11 @@
 A template is a shell script with ``{{name}}`` where a value goes.
 """
 
-import os
+import argparse
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from slurm.site_settings import Site
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+SITE_OPTIONS = ("account", "partition", "reservation", "qos", "constraint")
+"""Options of sbatch that the site's file can give too."""
 
 
 def fill(template: str, values: dict[str, str]) -> str:
@@ -30,6 +33,19 @@ def fill(template: str, values: dict[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], text)
 
 
+def add_allocation(add: Callable[..., object]) -> None:
+    """Adds the options of sbatch that every command takes to a parser, by its ``add_argument``."""
+    add("--time", required=True, help="limit of one job, as 24:00:00")
+    for name in SITE_OPTIONS:
+        add(f"--{name}", help=f"Slurm's; the site's {name} when not given")
+
+
+def allocation(arguments: argparse.Namespace, site: Site) -> dict[str, Any]:
+    """The values of those options, the site's where none is given; None where that has none."""
+    given = {name: getattr(arguments, name) or getattr(site, name) for name in SITE_OPTIONS}
+    return {"time": arguments.time, **given}
+
+
 def directives(options: dict[str, Any], site: Site) -> str:
     """#SBATCH lines.
 
@@ -40,7 +56,8 @@ def directives(options: dict[str, Any], site: Site) -> str:
     lines = []
     for name, value in options.items():
         if value is not None:
-            lines.append(f"#SBATCH --{name}" + (f"={value}" if value != "" else ""))
+            text = "" if value == "" else f"={shlex.quote(str(value))}"
+            lines.append(f"#SBATCH --{name}{text}")
     return "\n".join([*lines, *(f"#SBATCH {option}" for option in site.sbatch_options)])
 
 
@@ -62,52 +79,47 @@ def environment(site: Site) -> str:
     return "\n".join([*lines, f"export PYTHONPATH={shlex.quote(str(ROOT))}:${{PYTHONPATH:-}}"])
 
 
-def srun_options(site: Site, run_dir: Path, container: str | None = None) -> str:
+def srun_options(site: Site, start: Path, run_dir: Path, container: str | None = None) -> str:
     """Options of each srun: the site's and, with pyxis, the container's."""
     options = list(site.srun_options)
     image = container or site.runtime.image
     if site.runtime.kind == "pyxis":
-        mounts = ",".join(_mounts(site, run_dir))
+        mounts = ",".join(_mounts(site, start, run_dir))
         options += [f"--container-image={image}", f"--container-mounts={mounts}"]
-        options += [f"--container-workdir={ROOT}", *site.runtime.options]
+        options += [f"--container-workdir={start}", *site.runtime.options]
     return " ".join(map(shlex.quote, options))
 
 
-def python(site: Site, run_dir: Path, container: str | None = None) -> str:
+def python(site: Site, start: Path, run_dir: Path, container: str | None = None) -> str:
     """The command that starts Python for a rank."""
     if site.runtime.kind != "apptainer":
         return "python"
     image = container or site.runtime.image
-    binds = [word for mount in _mounts(site, run_dir) for word in ("--bind", mount)]
-    words = ["apptainer", "exec", "--nv", *binds, "--pwd", str(ROOT), *site.runtime.options]
+    binds = [word for mount in _mounts(site, start, run_dir) for word in ("--bind", mount)]
+    words = ["apptainer", "exec", "--nv", *binds, "--pwd", str(start), *site.runtime.options]
     return " ".join([*map(shlex.quote, [*words, str(image)]), "python"])
 
 
-def places(site: Site, run_dir: Path, container: str | None = None) -> dict[str, str]:
-    """What every template has: folders, environment, and how Python is started."""
+def places(site: Site, start: Path, run_dir: Path, container: str | None = None) -> dict[str, str]:
+    """What every template has: where the code is, the environment, and how Python is started.
+
+    Args:
+        site: the cluster's settings.
+        start: folder that Python starts in.
+        run_dir: folder that it writes to.
+        container: image, instead of the site's.
+    """
     return {
         "code": shlex.quote(str(ROOT)),
-        "run_dir": shlex.quote(str(run_dir)),
-        "host_python": shlex.quote(sys.executable),
-        "python": python(site, run_dir, container),
+        "python": python(site, start, run_dir, container),
         "environment": environment(site),
-        "srun_options": srun_options(site, run_dir, container),
+        "srun_options": srun_options(site, start, run_dir, container),
     }
 
 
-def write(path: Path, text: str) -> None:
-    """Replaces a file at once: a job that starts meanwhile reads the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _mounts(site: Site, run_dir: Path) -> list[str]:
+def _mounts(site: Site, start: Path, run_dir: Path) -> list[str]:
     """The code, the run and what the site adds, each where it is outside too."""
-    paths = [str(ROOT), str(run_dir), *site.runtime.mounts]
+    paths = [str(ROOT), str(start), str(run_dir), *site.runtime.mounts]
     return [path if ":" in path else f"{path}:{path}" for path in dict.fromkeys(paths)]
 
 

@@ -110,15 +110,10 @@ def partitions() -> list[str]:
     return [name.rstrip("*") for name in ask("sinfo", "-h", "-o", "%P").split()]
 
 
-def gpus_of_nodes(partition: str | None) -> dict[str, int]:
-    """How many nodes there are of each kind of generic resources (``gpu:8``) in a partition."""
+def resources_of_nodes(partition: str | None) -> set[str]:
+    """The generic resources (``gpu:8``) that nodes of a partition have, each once."""
     chosen = ["-p", partition] if partition else []
-    lines = ask("sinfo", "-h", "-o", "%D %G", *chosen).splitlines()
-    found: dict[str, int] = {}
-    for line in lines:
-        count, _, kinds = line.partition(" ")
-        found[kinds] = found.get(kinds, 0) + int(count)
-    return found
+    return set(ask("sinfo", "-h", "-o", "%G", *chosen).splitlines())
 
 
 def setting(name: str) -> str:
@@ -180,11 +175,14 @@ def leaf_switches() -> dict[str, str]:
 
 
 def dead_nodes(names: Sequence[str]) -> dict[str, str]:
-    """Those of the nodes that are down or do not answer, with their state."""
+    """Those of the nodes that are down or silent, with their state; none if Slurm does not say."""
     if not names:
         return {}
-    lines = ask("sinfo", "-h", "-N", "-n", ",".join(names), "-o", "%N %t").splitlines()
-    states = dict(line.split() for line in lines)
+    try:
+        text = ask("sinfo", "-h", "-N", "-n", ",".join(names), "-o", "%N %t")
+    except SlurmError:
+        return {}
+    states = dict(line.split() for line in text.splitlines())
     return {
         name: state
         for name, state in states.items()

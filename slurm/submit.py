@@ -11,6 +11,8 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +20,10 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from samba_megatron.checkpoint.manifest import write_durably  # noqa: E402
 from samba_megatron.config import RunConfig  # noqa: E402
 from samba_megatron.config.load import parse_run_config, to_yaml  # noqa: E402
+from samba_megatron.config.rules.run import weight_of  # noqa: E402
 from samba_megatron.platform.errors import UserError, run_command  # noqa: E402
 from samba_megatron.tracking import ledger  # noqa: E402
 from slurm import checks, history, render, scheduler  # noqa: E402
@@ -50,8 +54,8 @@ def main() -> None:
         return
     for remark in remarks:
         print(remark)
+    _refuse_second(request)  # before anything that a running job reads is written
     path = write_run_folder(request, script)
-    _refuse_second(request)
     count = request.arguments.chain if request.plan.chain else 1
     print(f"sbatch --test-only: {scheduler.test(str(path))}")
     jobs = [scheduler.submit(str(path)) for _ in range(count)]
@@ -73,11 +77,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--config", action="append", default=[], required=True, help="recipe; may be repeated")
     add("--nodes", type=int, required=True, help="number of nodes")
     add("--gpus-per-node", type=int, help="GPUs of each; the site's number, else 8")
-    add("--time", required=True, help="limit of one job, as 24:00:00")
     add("--run-dir", type=Path, required=True, help="folder of the run, on a shared file system")
     add("--until-tokens", help="length of the whole run, as 3.2T, over all its jobs")
-    for name in ("account", "partition", "reservation", "qos", "constraint"):
-        add(f"--{name}", help=f"Slurm's; the site's {name} when not given")
+    render.add_allocation(add)
     add("--container", help="image, instead of the site's")
     add("--exclude", help="nodes to keep off, with commas between")
     add("--site", type=Path, help="the cluster's settings; else the file that SAMBA_SITE names")
@@ -95,8 +97,6 @@ def _request(arguments: argparse.Namespace, overrides: list[str]) -> Request:
     """Joins the command line, the site and the recipe."""
     site = load_site(arguments.site)
     arguments.gpus_per_node = arguments.gpus_per_node or site.gpus_per_node
-    for name in ("account", "partition", "reservation", "qos", "constraint"):
-        setattr(arguments, name, getattr(arguments, name) or getattr(site, name))
     for name, number in (("nodes", arguments.nodes), ("gpus-per-node", arguments.gpus_per_node)):
         if number < 1:
             raise UserError(f"--{name} is {number}: it must be 1 or more")
@@ -108,7 +108,7 @@ def _request(arguments: argparse.Namespace, overrides: list[str]) -> Request:
     run_dir = arguments.run_dir.absolute()
     config = _config(arguments, overrides, run_dir)
     plan = Plan(
-        job_name=f"{config.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}",
+        job_name=_job_name(run_dir),
         checkpoints=str(config.checkpoint.save),
         chain=is_chain,
         signal_minutes=arguments.signal_minutes or site.signal_minutes,
@@ -121,6 +121,13 @@ def _request(arguments: argparse.Namespace, overrides: list[str]) -> Request:
     return Request(arguments, site, config, run_dir, plan, sorted({*bad, *named}))
 
 
+def _job_name(run_dir: Path) -> str:
+    """Of the run's folder alone, whatever path leads to it: no two jobs of one name run at once."""
+    folder = run_dir.resolve()
+    readable = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name)
+    return f"{readable}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+
+
 def _config(arguments: argparse.Namespace, overrides: list[str], run_dir: Path) -> RunConfig:
     """The run's configuration with whole paths, as every node will read it."""
     argv = [word for recipe in arguments.config for word in ("--config", recipe)]
@@ -129,24 +136,33 @@ def _config(arguments: argparse.Namespace, overrides: list[str], run_dir: Path) 
         argv += ["--training.train_tokens", arguments.until_tokens]
         argv += ["--training.train_steps", "null"]
     config = parse_run_config(argv, prog="submit.py")
-    save = Path(config.checkpoint.save or run_dir / "checkpoints").absolute()
-    cache = Path(config.data.path_to_cache or run_dir / "index_cache").absolute()
+    data, checkpoint = config.data, config.checkpoint
     return dataclasses.replace(
         config,
-        checkpoint=dataclasses.replace(config.checkpoint, save=str(save)),
+        checkpoint=dataclasses.replace(
+            checkpoint,
+            save=_whole(checkpoint.save or run_dir / "checkpoints"),
+            load=_whole(checkpoint.load) if checkpoint.load else None,
+        ),
         data=dataclasses.replace(
-            config.data,
-            path_to_cache=str(cache),
-            data_path=[_whole(entry) for entry in config.data.data_path],
-            valid_data_path=[_whole(entry) for entry in config.data.valid_data_path],
-            tokenizer=_whole(config.data.tokenizer) if config.data.tokenizer else None,
+            data,
+            path_to_cache=_whole(data.path_to_cache or run_dir / "index_cache"),
+            data_path=_entries(data.data_path),
+            blend_file=[_whole(file) for file in data.blend_file],
+            valid_data_path=_entries(data.valid_data_path),
+            tokenizer=_whole(data.tokenizer) if data.tokenizer else None,
         ),
     )
 
 
-def _whole(entry: str) -> str:
-    """A path from the root, as jobs start in another folder; weights stay as they are."""
-    return entry if checks.is_weight(entry) else str(Path(entry).absolute())
+def _entries(paths: list[str]) -> list[str]:
+    """Whole paths; weights between them stay as they are."""
+    return [path if weight_of(path) is not None else _whole(path) for path in paths]
+
+
+def _whole(path: str | Path) -> str:
+    """From the root, as jobs start in another folder."""
+    return str(Path(path).absolute())
 
 
 def check(request: Request) -> list[str]:
@@ -167,7 +183,8 @@ def check(request: Request) -> list[str]:
     if request.exclude:
         remarks.append(f"excluded nodes: {', '.join(request.exclude)}")
     if scheduler.is_here():
-        checks.cluster(arguments.partition, arguments.gpus_per_node)
+        partition = render.allocation(arguments, site)["partition"]
+        checks.cluster(partition, arguments.gpus_per_node)
     elif not arguments.dry_run:
         scheduler.ask("sbatch", "--version")
     else:
@@ -186,16 +203,11 @@ def job_script(request: Request) -> str:
         "gpus-per-node": gpus,
         "cpus-per-task": cpus,
         "exclusive": "",
-        "time": arguments.time,
-        "account": arguments.account,
-        "partition": arguments.partition,
-        "reservation": arguments.reservation,
-        "qos": arguments.qos,
-        "constraint": arguments.constraint,
+        **render.allocation(arguments, site),
         "exclude": ",".join(request.exclude) or None,
         "signal": f"USR1@{round(60 * plan.signal_minutes)}",
         "no-requeue" if plan.chain else "requeue": "",
-        # One job of a run at a time, whoever submits it.
+        # One job of a run at a time: of a user's jobs of one name, which the run's folder gives.
         "dependency": "singleton",
         "open-mode": "append",
         "output": request.run_dir / "logs" / "job_%j.log",
@@ -204,7 +216,9 @@ def job_script(request: Request) -> str:
         "pretrain",
         {
             "directives": render.directives(options, site),
-            **render.places(site, request.run_dir, arguments.container),
+            **render.places(site, render.ROOT, request.run_dir, arguments.container),
+            "run_dir": shlex.quote(str(request.run_dir)),
+            "host_python": shlex.quote(sys.executable),
             "gpus_per_node": str(gpus),
             "node_check": render.node_check(site),
         },
@@ -219,7 +233,7 @@ def write_run_folder(request: Request, script: str) -> Path:
     plan = json.dumps(dataclasses.asdict(request.plan), indent=1) + "\n"
     files = {"config.yaml": to_yaml(request.config), PLAN_FILE: plan, "pretrain.sbatch": script}
     for name, text in files.items():
-        render.write(folder / name, text)
+        write_durably(folder / name, text)
     if request.arguments.forgive_bad_nodes:
         ledger.append(request.run_dir, "bad_nodes_forgiven")
     return folder / "pretrain.sbatch"
@@ -236,7 +250,7 @@ def _refuse_second(request: Request) -> None:
 
 
 def _what_next(request: Request, job: str) -> str:
-    run, name = request.run_dir, request.plan.job_name
+    run, name = shlex.quote(str(request.run_dir)), request.plan.job_name
     cancel = f"scancel --me --name={name}" if request.plan.chain else f"scancel {job}"
     return "\n".join(
         [

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 STEPS_A_MINUTE = 60
 FAULTS = ("rank killed", "node lost", "preemption", "signal")
-_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "SPECIAL_EXIT")
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def main() -> None:
         undisturbed = _new_run(cluster, arguments, "undisturbed", prefix)
         print("undisturbed run …", flush=True)
         undisturbed.submit()
-        _wait_for_end(undisturbed, 3600)
+        undisturbed.wait_for_end(3600)
         run = _new_run(cluster, arguments, "disturbed", prefix)
         run.submit()
         chance, counts = random.Random(arguments.seed), Counter[str]()
@@ -58,7 +57,7 @@ def main() -> None:
             if run.state() == "RUNNING" and _disturb(run, fault, chance):
                 counts[fault] += 1
                 print(f"{sum(counts.values())}: {fault} after step {max(run.losses())}", flush=True)
-        _wait_for_end(run, 3600)
+        run.wait_for_end(3600)
     _report(undisturbed, run, counts, arguments.output)
 
 
@@ -88,13 +87,16 @@ def _new_run(cluster: "Cluster", arguments: argparse.Namespace, name: str, prefi
 
 def _wait_for_a_new_step(run: "JobRun") -> bool:
     """Waits until the run does a step; false if it has ended."""
+    from tests.slurm.training import OVER
+
     path = run.folder / "metrics.jsonl"
-    before = path.read_bytes().count(b'"train"') if path.exists() else 0
-    while run.state() not in _OVER:
-        if path.exists() and path.read_bytes().count(b'"train"') > before:
-            return True
-        time.sleep(0.3)
-    return False
+
+    def steps() -> int:
+        return path.read_bytes().count(b'"train"') if path.exists() else 0
+
+    before = steps()
+    run.wait(lambda: steps() > before or run.state() in OVER, "new step")
+    return steps() > before
 
 
 def _disturb(run: "JobRun", fault: str, chance: random.Random) -> bool:
@@ -117,10 +119,6 @@ def _disturb(run: "JobRun", fault: str, chance: random.Random) -> bool:
     else:
         run.cluster.run("scancel", "--signal=USR1", str(job))
     return True
-
-
-def _wait_for_end(run: "JobRun", seconds: float) -> None:
-    run.wait(lambda: run.state() in _OVER, "end", seconds)
 
 
 def _report(undisturbed: "JobRun", run: "JobRun", counts: Counter[str], output: Path) -> None:

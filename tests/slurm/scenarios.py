@@ -5,6 +5,7 @@ Each takes a cluster of its own, the folder for the run and the prefix of the da
 
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.training import JobRun, default_site
@@ -106,16 +107,33 @@ def chain(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
     return run
 
 
-def bad_node_then_hang(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
-    """The check finds a full disk on n1; without it the run starts, and a rank hangs."""
+def site_with_a_full_disk() -> dict[str, Any]:
+    """The nodes are checked, and n1 has no room."""
     site = default_site()
     site["node_check"] = {"count_gpus": False, "min_free_gb": 0.001}
     site["environment"]["SAMBA_TEST_FULL_DISK"] = "n1"
+    return site
+
+
+def bad_node_in_a_chain(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
+    """The first of two jobs gets n1, the second does what there is to do."""
+    site = site_with_a_full_disk()
+    site["node_check"]["across"] = False
+    run = JobRun(cluster, folder, prefix, {"training.train_steps": FEW_STEPS}, site)
+    run.submit("--chain", "2", nodes=1)
+    run.wait_for_end()
+    run.notes["first"] = run.state(run.jobs[0])
+    return run
+
+
+def bad_node_then_hang(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
+    """The check finds a full disk on n1; without it the run starts, and a rank hangs."""
+    site = site_with_a_full_disk()
     fields = {"faults.hang_timeout_minutes": 0.4, "checkpoint.save_interval": 2}
     fields["training.train_steps"] = MANY_STEPS
     run = JobRun(cluster, folder, prefix, fields, site)
     run.fault("slow")
-    run.submit(nodes=2)
+    run.submit(nodes=2, time_limit="30")  # near its limit the job does not check nodes again
     run.wait_for_step(3)
     run.fault("hang.2")
     run.wait(lambda: len(run.ends()) == 2, "end by the watchdog")

@@ -45,18 +45,36 @@ def submit(
 def test_pretraining_is_scheduled(
     paper_cluster: ControllerOnly, tmp_path: Path, prefix: str
 ) -> None:
-    """submit.py's own --test-only, and its job in the queue with the nodes and GPUs asked for."""
-    result = submit(paper_cluster, tmp_path / "run", prefix)
+    """submit.py's own --test-only, and its job in the queue with the nodes and GPUs asked for.
+
+    The folder's name has a space. A second submission to it changes nothing.
+    """
+    folder = tmp_path / "a run"
+    script = submit(paper_cluster, folder, prefix, "--dry-run").stdout
+    assert "#SBATCH --dependency=singleton\n" in script
+    result = submit(paper_cluster, folder, prefix)
     assert result.returncode == 0, result.stderr
     assert "on nodes n[1-1024] in partition main" in result.stdout
     job = re.search(r"submitted job (\d+)", result.stdout)
     assert job
     fields = paper_cluster.run("scontrol", "show", "job", "-o", job[1])
-    for words in ("NumNodes=1024", "NumTasks=8192", "Requeue=1", "gres:gpu:8", "OverSubscribe=NO"):
+    for words in (
+        "NumNodes=1024",
+        "NumTasks=8192",
+        "Requeue=1",
+        "gres:gpu:8",
+        "OverSubscribe=NO",
+        f"StdOut={folder}/logs/job_{job[1]}.log",
+    ):
         assert words in fields, fields
-    assert "Dependency=(null)" in fields or "singleton" in fields
-    again = submit(paper_cluster, tmp_path / "run", prefix)
-    assert again.returncode == 2 and f"has job {job[1]} in the queue" in again.stderr
+    config = folder / "slurm" / "config.yaml"
+    before = config.read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for same in (folder, link):
+        again = submit(paper_cluster, same, prefix, "--name", "other", "--training.seed", 7)
+        assert again.returncode == 2 and f"has job {job[1]} in the queue" in again.stderr
+    assert config.read_bytes() == before
     paper_cluster.run("scancel", job[1])
 
 
@@ -90,12 +108,9 @@ def test_what_cannot_be_scheduled_is_refused(
         assert words in result.stderr and result.stderr.count("error: ") == 1, result.stderr
 
 
-def test_the_other_templates_are_scheduled(paper_cluster: ControllerOnly, tmp_path: Path) -> None:
-    for number in range(64):
-        (tmp_path / f"part{number}.jsonl").touch()
-    array = ["--tasks", 64, "--input", tmp_path / "*.jsonl", "--output-prefix", tmp_path / "out"]
-    for tool, options in (("preprocess", array), ("convert", [])):
-        fixed = ["--time", "04:00:00", "--job-dir", tmp_path / tool, *options]
+def test_tools_are_scheduled(paper_cluster: ControllerOnly, tmp_path: Path) -> None:
+    for tool in ("preprocess", "convert"):
+        fixed = ["--time", "04:00:00", "--job-dir", tmp_path / tool]
         result = call(paper_cluster, "submit_tool.py", tool, *fixed, "--", "--help")
         assert result.returncode == 0, result.stderr
         assert "submitted job" in result.stdout

@@ -38,6 +38,15 @@ def test_failures_count_until_there_is_progress_or_a_hold(tmp_path: Path) -> Non
     assert row(tmp_path) == []
 
 
+def test_progress_ends_the_row_whatever_ended_the_job(tmp_path: Path) -> None:
+    for job, (before, cause) in enumerate(
+        [(-1, "bug"), (-1, "preempted"), (10, "bug"), (10, "preempted"), (20, "bug")], 1
+    ):
+        after = before if cause == "bug" else before + 10 + (before < 0)
+        attempt(tmp_path, job, before, after, cause, "requeue")
+    assert row(tmp_path) == [5]
+
+
 def test_a_job_that_says_no_end_is_a_lost_node(tmp_path: Path) -> None:
     """Its restart has the same id; the end written later belongs to the right start."""
     ledger.append(tmp_path, "job_start", job=7, nodes=["n1", "n2"], checkpoint=10)

@@ -37,6 +37,9 @@ SCENARIOS = {
     "test_a_limit_that_comes_before_the_save": Scenario(scenarios.overtime),
     "test_a_persons_stop_then_a_damaged_checkpoint": Scenario(scenarios.stop_and_corrupt),
     "test_a_chain_of_jobs": Scenario(scenarios.chain, requeue_exit=False),
+    "test_a_job_of_a_chain_does_not_train_on_a_bad_node": Scenario(
+        scenarios.bad_node_in_a_chain, requeue_exit=False
+    ),
     "test_scancel_saves": Scenario(scenarios.cancelled),
     "test_a_broken_rank_ends_all_and_a_crash_loop_is_held": Scenario(scenarios.broken_rank),
 }
@@ -87,8 +90,15 @@ def undisturbed(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     return found
 
 
-def assert_equal(run: JobRun, undisturbed: dict[int, list[float]], steps: int) -> None:
-    """Every loss is that of the undisturbed run, to the last bit."""
+def assert_survived(
+    run: JobRun, undisturbed: dict[int, list[float]], steps: int, *causes: str
+) -> None:
+    """The jobs ended by these causes and came back each time, until the run was done.
+
+    Every loss is that of the undisturbed run, to the last bit.
+    """
+    ends = [(cause, "stop" if cause == "user stop" else "requeue") for cause in causes]
+    assert run.ends() == [*ends, ("done", "done")], run.report()
     assert list(run.losses().values()) == undisturbed[steps], run.report()
 
 
@@ -96,12 +106,8 @@ def test_time_limit_preemption_and_a_lost_node(
     run: JobRun, undisturbed: dict[int, list[float]]
 ) -> None:
     """Each is known by its name; the run goes on as the same job, and comes to the same losses."""
-    assert run.ends() == [
-        ("time limit", "requeue"),
-        ("preempted", "requeue"),
-        ("node failure", "requeue"),
-        ("done", "done"),
-    ], run.report()
+    causes = "time limit", "preempted", "node failure"
+    assert_survived(run, undisturbed, scenarios.MANY_STEPS, *causes)
     starts = run.events("job_start")
     assert {record["job"] for record in starts} == set(run.jobs)
     assert [record.get("restart", 0) for record in starts] == [0, 1, 2, 3]
@@ -112,18 +118,13 @@ def test_time_limit_preemption_and_a_lost_node(
     assert ends[1]["checkpoint"] == run.events("end")[1]["step"]
     log = (run.folder / "logs" / f"job_{run.jobs[0]}.log").read_text()
     assert log.count("[job] start") == 4, "one log for all starts"
-    assert_equal(run, undisturbed, scenarios.MANY_STEPS)
 
 
 def test_a_bad_node_is_excluded_and_a_hang_survived(
     run: JobRun, undisturbed: dict[int, list[float]]
 ) -> None:
     """The site requeues nothing by itself: the job does, and keeps off the node."""
-    assert run.ends() == [
-        ("bad node", "requeue"),
-        ("hang", "requeue"),
-        ("done", "done"),
-    ], run.report()
+    assert_survived(run, undisturbed, scenarios.MANY_STEPS, "bad node", "hang")
     assert list(run.events("bad_nodes")[0]["nodes"]) == ["n1"]
     starts = run.events("job_start")
     assert "n1" in starts[0]["nodes"]
@@ -133,36 +134,47 @@ def test_a_bad_node_is_excluded_and_a_hang_survived(
     across = [json.loads(p.read_text()) for p in run.folder.glob("node_checks/*/across.json")]
     assert across and all(found["all_reduce_gb_per_s"] > 0 for found in across)
     assert "rank 2 on n3" in run.events("job_end")[1]["reason"]
-    assert_equal(run, undisturbed, scenarios.MANY_STEPS)
+    assert list((run.folder / "node_checks").glob("*.after/n3.json")), "checked after the hang"
 
 
 def test_a_persons_stop_then_a_damaged_checkpoint(
     run: JobRun, undisturbed: dict[int, list[float]]
 ) -> None:
     """The stop is not undone by Slurm; the next submission goes further back, and says why."""
-    assert run.ends() == [("user stop", "stop"), ("done", "done")], run.report()
+    assert_survived(run, undisturbed, scenarios.FEW_STEPS, "user stop")
     stopped = run.events("job_end")[0]["checkpoint"]
     assert run.events("start")[1]["step"] < stopped
     assert f"step_{stopped:07d} is corrupt" in (run.folder / "log.txt").read_text()
-    assert_equal(run, undisturbed, scenarios.FEW_STEPS)
 
 
 def test_a_chain_of_jobs(run: JobRun, undisturbed: dict[int, list[float]]) -> None:
     """The second goes on where the first stopped; the third is not needed and taken away."""
-    assert run.ends() == [("preempted", "requeue"), ("done", "done")], run.report()
+    assert_survived(run, undisturbed, scenarios.FEW_STEPS, "preempted")
     assert [record["job"] for record in run.events("job_start")] == run.jobs[:2]
     assert (run.notes["first"], run.notes["last"]) == ("COMPLETED", "CANCELLED")
-    assert_equal(run, undisturbed, scenarios.FEW_STEPS)
+
+
+def test_a_job_of_a_chain_does_not_train_on_a_bad_node(
+    run: JobRun, undisturbed: dict[int, list[float]]
+) -> None:
+    """It ends at once, and the next job keeps off the node."""
+    assert_survived(run, undisturbed, scenarios.FEW_STEPS, "bad node")
+    starts = run.events("job_start")
+    assert [(record["job"], record["nodes"]) for record in starts] == [
+        (run.jobs[0], ["n1"]),
+        (run.jobs[1], ["n2"]),
+    ]
+    assert run.notes["first"] == "FAILED"
+    assert not list(run.folder.glob(f"logs/{run.jobs[0]}.0/rank_*")), "no rank was started"
 
 
 def test_a_limit_that_comes_before_the_save(
     run: JobRun, undisturbed: dict[int, list[float]]
 ) -> None:
     """Slurm requeues no job that it ended for its time: the job ends its ranks just before."""
-    assert run.ends() == [("time limit", "requeue"), ("done", "done")], run.report()
+    assert_survived(run, undisturbed, scenarios.FEW_STEPS, "time limit")
     assert "not saved" in run.events("job_end")[0]["reason"]
     assert {record["job"] for record in run.events("job_start")} == set(run.jobs)
-    assert_equal(run, undisturbed, scenarios.FEW_STEPS)
 
 
 def test_scancel_saves(run: JobRun) -> None:

@@ -1,5 +1,6 @@
 """submit.py without a cluster: what it prints, and one sentence for each mistake."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -177,3 +178,44 @@ def test_times(text: str, seconds: int) -> None:
 def test_no_times(text: str) -> None:
     with pytest.raises(UserError, match="--time"):
         seconds_of(text)
+
+
+def write_blend(folder: Path, prefix: str) -> Path:
+    folder.mkdir()
+    path = folder / "blend.yaml"
+    path.write_text(f"sources:\n  - prefix: {os.path.relpath(prefix, folder)}\n")
+    return path
+
+
+def test_blend_files_are_read_and_all_paths_are_whole(
+    submit: Submit, tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to where the user is, and not to where the job starts."""
+    blend = write_blend(tmp_path / "blends", prefix)
+    (tmp_path / "start").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = options_of(tmp_path, prefix)
+    del options["data.data_path"]
+    options |= {
+        "data.blend_file": "[blends/blend.yaml]",
+        "data.valid_data_path": "[blends/blend.yaml]",
+        "checkpoint.load": "start",
+    }
+    result = submit(options, "--dry-run")
+    assert not result.mistake
+    assert result.output.count(f"- {blend}\n") == 2
+    assert f"load: {tmp_path}/start\n" in result.output
+
+
+@pytest.mark.parametrize("name", ["data.blend_file", "data.valid_data_path"])
+def test_a_blend_file_that_names_nothing_is_refused(
+    submit: Submit, tmp_path: Path, prefix: str, name: str
+) -> None:
+    blend = write_blend(tmp_path / "blends", "/nowhere/text")
+    options = options_of(tmp_path, prefix, **{name: f"[{blend}]"})
+    if name == "data.blend_file":
+        del options["data.data_path"]
+    mistake = submit(options, "--dry-run").mistake
+    assert f"{blend} names" in mistake and "nowhere/text.bin, which is not there" in mistake
+    options[name] = f"[{tmp_path}/none.yaml]"
+    assert f"{tmp_path}/none.yaml" in submit(options, "--dry-run").mistake

@@ -17,6 +17,8 @@ from tests.distributed.toy import ROOT, toy_config
 from tests.slurm.cluster import Cluster
 
 RANKS_PER_NODE = 2
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "SPECIAL_EXIT")
+"""States of a job that does not come back by itself."""
 HERE = Path(__file__).parent
 
 
@@ -111,8 +113,7 @@ class JobRun:
 
     def wait_for_end(self, seconds: float = 600) -> None:
         """Waits until the newest job has left the queue for good."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "SPECIAL_EXIT")
-        self.wait(lambda: self.state() in over, "end", seconds)
+        self.wait(lambda: self.state() in OVER, "end", seconds)
 
     def report(self) -> str:
         """The job's log and ledger, for an error."""
