@@ -181,7 +181,7 @@ def verify(path: Path) -> Manifest:
 def write_durably(path: Path, text: str) -> None:
     """Replaces ``path`` by a file with ``text``, atomically; it is on disk when this returns."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
