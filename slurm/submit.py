@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from samba_megatron.checkpoint.manifest import write_durably  # noqa: E402
 from samba_megatron.config import RunConfig  # noqa: E402
 from samba_megatron.config.load import parse_run_config, to_yaml  # noqa: E402
 from samba_megatron.config.rules.run import weight_of  # noqa: E402
 from samba_megatron.platform.errors import UserError, run_command  # noqa: E402
+from samba_megatron.platform.files import write_text  # noqa: E402
 from samba_megatron.tracking import ledger  # noqa: E402
 from slurm import checks, history, render, scheduler  # noqa: E402
 from slurm.lifecycle import PLAN_FILE, Plan  # noqa: E402
@@ -233,7 +233,7 @@ def write_run_folder(request: Request, script: str) -> Path:
     plan = json.dumps(dataclasses.asdict(request.plan), indent=1) + "\n"
     files = {"config.yaml": to_yaml(request.config), PLAN_FILE: plan, "pretrain.sbatch": script}
     for name, text in files.items():
-        write_durably(folder / name, text)
+        write_text(folder / name, text)
     if request.arguments.forgive_bad_nodes:
         ledger.append(request.run_dir, "bad_nodes_forgiven")
     return folder / "pretrain.sbatch"

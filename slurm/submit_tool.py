@@ -18,8 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from samba_megatron.checkpoint.manifest import write_durably  # noqa: E402
 from samba_megatron.platform.errors import run_command  # noqa: E402
+from samba_megatron.platform.files import write_text  # noqa: E402
 from slurm import checks, render, scheduler  # noqa: E402
 from slurm.site_settings import Site, load_site  # noqa: E402
 
@@ -38,7 +38,7 @@ def main() -> None:
         return
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     path = folder / f"{arguments.tool}.sbatch"
-    write_durably(path, script)
+    write_text(path, script)
     print(f"sbatch --test-only: {scheduler.test(str(path))}")
     job = scheduler.submit(str(path))
     log = shlex.quote(str(folder / "logs" / f"{job}.log"))

@@ -23,9 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from samba_megatron.data.publish import atomic_write
 from samba_megatron.platform.errors import UserError, run_command
 from samba_megatron.platform.exits import ExitCode
+from samba_megatron.platform.files import atomic_write
 from samba_megatron.tracking.metrics import FILE_NAME, read_metrics
 from samba_megatron.tracking.plot import plot_losses
 

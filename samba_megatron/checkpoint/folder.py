@@ -23,11 +23,10 @@ from samba_megatron.checkpoint.manifest import (
     CorruptCheckpoint,
     Manifest,
     read_manifest,
-    sync,
     verify,
-    write_durably,
 )
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import sync, temporary_name, write_text
 
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{7,})")
@@ -104,7 +103,7 @@ def publish(writing: Path) -> tuple[Path, Path | None]:
     replaced = _set_aside(target) if target.exists() else None
     writing.rename(target)
     sync(target.parent)
-    write_durably(target.parent / LATEST, target.name + "\n")
+    write_text(target.parent / LATEST, target.name + "\n")
     return target, replaced
 
 
@@ -145,8 +144,7 @@ def clean(folder: Path) -> list[Path]:
         return []
     left = [Path(entry.path) for entry in os.scandir(folder) if _UNFINISHED.fullmatch(entry.name)]
     remove(*left)
-    for path in folder.glob(f"{LATEST}.*.tmp"):
-        path.unlink(missing_ok=True)
+    temporary_name(folder / LATEST).unlink(missing_ok=True)
     return left
 
 

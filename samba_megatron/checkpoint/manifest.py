@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import write_text
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
@@ -119,7 +120,7 @@ def file_sizes(path: Path) -> dict[str, int]:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes it into the checkpoint folder ``path``; it is on disk when this returns."""
-    write_durably(path / FILE_NAME, json.dumps(asdict(manifest), indent=1) + "\n")
+    write_text(path / FILE_NAME, json.dumps(asdict(manifest), indent=1) + "\n")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -176,23 +177,3 @@ def verify(path: Path) -> Manifest:
     if part and file_hash(path / part.file, part.offset, part.length) != part.sha256:
         raise CorruptCheckpoint(f"the common state in {part.file} has changed since it was written")
     return manifest
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replaces ``path`` by a file with ``text``, atomically; it is on disk when this returns."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Puts on disk a file's bytes or, of a folder, the names created, renamed or removed in it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

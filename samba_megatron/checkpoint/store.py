@@ -40,6 +40,7 @@ from samba_megatron.config import CheckpointConfig
 from samba_megatron.platform import distributed
 from samba_megatron.platform.errors import ExitWith, UserError
 from samba_megatron.platform.exits import ExitCode
+from samba_megatron.platform.files import sync
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "mamba-ssm", "causal-conv1d")
 
@@ -373,7 +374,7 @@ class CheckpointStore:
                 f"{files} files were written into {writing} but {found} are seen there: put "
                 "checkpoint.save on a file system that all nodes share"
             )
-        manifest.sync(writing / "metadata.json")  # the one file that megatron does not
+        sync(writing / "metadata.json")  # the one file that megatron does not
         content.metadata_sha256 = manifest.file_hash(writing / manifest.METADATA)
         content.common_state = self._common_state(writing)
         manifest.write_manifest(writing, content)

@@ -25,9 +25,9 @@ from samba_megatron.data.indexed import (
     largest_sampled_id,
     sequence_lengths,
 )
-from samba_megatron.data.publish import publish
 from samba_megatron.data.sample_index import cannot_write
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import publish
 
 _FILE_NAME = "catalogue.json"
 _FORMAT = 1

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from samba_megatron.data.publish import atomic_write
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import atomic_write
 
 HELD_OUT_ONE_IN = 50
 """One document in this many is held out for validation."""

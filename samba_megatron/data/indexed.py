@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from samba_megatron.data.publish import publish, temporary_name
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import publish, temporary_name
 
 Tokens = npt.NDArray[Any]
 

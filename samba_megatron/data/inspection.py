@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from samba_megatron.data.indexed import bin_path, idx_path, map_index
 from samba_megatron.data.manifest import DatasetRecord, Manifest, read_manifest
-from samba_megatron.data.publish import atomic_write
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import atomic_write
 
 _CHUNK = 1 << 22
 _MOST_EXACT = 50_000_000

@@ -111,12 +111,6 @@ class HashingReader:
         return self._digest.hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as raw:
-        return hashlib.file_digest(raw, "sha256").hexdigest()
-
-
 def read_blocks(path: str | Path, reader: HashingReader, block_bytes: int) -> Iterator[bytes]:
     """Yields the decompressed file in blocks of whole lines of at least ``block_bytes``.
 

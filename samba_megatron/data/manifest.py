@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from samba_megatron.data.indexed import IndexedWriter, bin_path, idx_path
-from samba_megatron.data.publish import atomic_write
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import atomic_write
 
 _FORMAT = 2
 

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from samba_megatron.data.indexed import sequence_lengths
-from samba_megatron.data.publish import publish
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import publish
 
 _MAGIC = b"SAMPACK1"
 _HEADER = struct.Struct("<8sQ")

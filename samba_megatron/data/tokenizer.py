@@ -18,8 +18,8 @@ from typing import Any
 
 import tokenizers
 
-from samba_megatron.data.publish import atomic_write
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import atomic_write
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"

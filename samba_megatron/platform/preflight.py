@@ -19,6 +19,7 @@ from typing import Any
 from samba_megatron.platform import matmul_rate, nvidia_smi
 from samba_megatron.platform.errors import UserError, run_command
 from samba_megatron.platform.exits import ExitCode
+from samba_megatron.platform.files import write_text
 from samba_megatron.platform.hardware import node_name
 
 
@@ -82,12 +83,7 @@ def check_node(
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Replaces ``path`` at once: a reader sees a whole report or none."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(report, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def _count_gpus(expected: int | None) -> list[str]:

@@ -5,7 +5,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from samba_megatron.data.publish import atomic_write
+from samba_megatron.platform.files import atomic_write
 
 AVERAGED_STEPS = 20
 

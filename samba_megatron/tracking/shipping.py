@@ -25,6 +25,7 @@ from typing import Any
 
 from samba_megatron.config import RunConfig
 from samba_megatron.platform.errors import UserError, run_command
+from samba_megatron.platform.files import write_text
 from samba_megatron.tracking import json_lines
 from samba_megatron.tracking.metrics import FILE_NAME
 from samba_megatron.tracking.sink import Sink, SinkUnavailable
@@ -143,12 +144,7 @@ class Shipper:
         return records, offset
 
     def _save(self) -> None:
-        unfinished = self._state_path.with_suffix(".partial")
-        with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump(self._state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self._state_path)
+        write_text(self._state_path, json.dumps(self._state))
 
 
 def _points(records: list[dict[str, Any]], last: dict[str, int]) -> Iterator[Point]:

@@ -24,6 +24,7 @@ from typing import Literal
 
 from samba_megatron.config import RunConfig
 from samba_megatron.platform.exits import ExitCode
+from samba_megatron.platform.files import write_text
 from samba_megatron.tracking.ledger import Cause
 from samba_megatron.training import culprit, evidence
 from samba_megatron.training.endings import RunLog
@@ -184,7 +185,7 @@ class Watchdog:
         progress = {"phase": self._name, "step": self._log.step, "headline": headline}
         self._folder.mkdir(parents=True, exist_ok=True)
         record = json.dumps(evidence.collect(self._rank, progress))
-        _replace(self._folder / f"rank_{self._rank:05d}.json", record)
+        write_text(self._folder / f"rank_{self._rank:05d}.json", record)
 
     def _is_reported_by_others(self) -> bool:
         """Waits until the report is there, or it is this rank's turn to make it: the first rank's
@@ -215,17 +216,8 @@ class Watchdog:
                 records[int(record["rank"])] = record
         verdict = culprit.find_culprits(records, self._nodes)
         text = culprit.report(records, self._nodes, verdict, headline)
-        _replace(self._folder / REPORT, text)
+        write_text(self._folder / REPORT, text)
         culprits = {rank: self._nodes[rank] for rank in verdict.culprits}
         self._log.hang(headline, verdict.sentences, culprits, self._folder / REPORT)
         self._log.end(ExitCode.HANG, Cause.HANG, f"{headline}: {verdict.sentences[0]}")
         print(text, file=sys.stderr, flush=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

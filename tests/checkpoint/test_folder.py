@@ -108,7 +108,7 @@ def test_clean_removes_only_what_was_interrupted(tmp_path):
     publish(tmp_path, 1, 2)
     write(folder.begin(tmp_path, 3), 3)
     (tmp_path / "step_0000001").rename(tmp_path / "step_0000001.0a0b0c0d.deleting")
-    (tmp_path / "latest.77.tmp").write_text("step")
+    (tmp_path / ".latest.partial").write_text("step")
     (tmp_path / "mine.writing").mkdir()
     removed = folder.clean(tmp_path)
     assert sorted(path.suffix for path in removed) == [".deleting", ".writing"]

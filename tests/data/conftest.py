@@ -11,7 +11,7 @@ from samba_megatron.data.corpus import gather_corpus
 from samba_megatron.data.jsonl import read_texts
 from samba_megatron.data.preprocessing.options import PreprocessOptions
 from samba_megatron.data.preprocessing.run import preprocess
-from samba_megatron.data.tokenizer import train_tokenizer
+from samba_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +28,12 @@ def tokenizer_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(read_texts([corpus / "train.jsonl"], "text"), 2048, folder, False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    """The same, loaded."""
+    return load_tokenizer(tokenizer_folder)
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,6 @@ from samba_megatron.data.tokenizer import (
 from samba_megatron.platform.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder):
-    return load_tokenizer(tokenizer_folder)
-
-
 @given(text=st.text())
 def test_every_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text

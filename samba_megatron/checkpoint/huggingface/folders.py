@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from samba_megatron.checkpoint.manifest import sync
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import sync
 
 UNFINISHED = ".partial"
 EARLIER = ".replaced"

@@ -24,6 +24,7 @@ from samba_megatron.checkpoint.huggingface.shards import ShardReader
 from samba_megatron.checkpoint.huggingface.tensors import TensorLink, tensor_links
 from samba_megatron.config import RunConfig
 from samba_megatron.config.load import to_dict
+from samba_megatron.platform import files
 from samba_megatron.platform.errors import UserError
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -154,7 +155,7 @@ def _write_tensors(writing: Path, reader: ShardReader, links: list[TensorLink]) 
             planner=_AssembleWhenWritten(links, reader, progress),
             no_dist=True,
         )
-    manifest.write_durably(writing / "metadata.json", json.dumps(_FORMAT))
+    files.write_text(writing / "metadata.json", json.dumps(_FORMAT))
     return progress.close()
 
 

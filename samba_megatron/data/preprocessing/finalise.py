@@ -27,8 +27,8 @@ from samba_megatron.data.manifest import (
 from samba_megatron.data.preprocessing.account import EXAMPLES, counts_of
 from samba_megatron.data.preprocessing.options import PreprocessReport
 from samba_megatron.data.preprocessing.shard_writer import Job, split_prefix
-from samba_megatron.data.publish import atomic_write
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import atomic_write
 
 _MERGE_TOKENS = 8 << 20
 _MERGE_DOCUMENTS = 1 << 20

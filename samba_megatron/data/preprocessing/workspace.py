@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from samba_megatron.data.publish import atomic_write
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.files import atomic_write
 
 _PROGRESS = struct.Struct("<4Q")
 _WAIT_FOR_THE_DYING_S = 2.0

@@ -22,11 +22,6 @@ from samba_megatron.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder):
-    return load_tokenizer(tokenizer_folder)
-
-
-@pytest.fixture(scope="module")
 def engines(tokenizer):
     return make_encoder(tokenizer, Engine.GIGATOKEN), make_encoder(tokenizer, Engine.HUGGINGFACE)
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from samba_megatron.platform.files import atomic_write
+
 CACHE_VARIABLE = "SAMBA_MEGATRON_KERNEL_CACHE"
 """Environment variable that names another folder for compiled kernels."""
 
@@ -82,7 +84,9 @@ def compiled(source: str, options: Sequence[str], what: str) -> bytes:
     with _only_one(folder / f"{name}.lock"):
         if not path.exists():
             print(f"compiling {what}, once; kept in {folder}", file=sys.stderr, flush=True)
-            _write(path, compile_source(source, options)[0])
+            content = compile_source(source, options)[0]
+            with atomic_write(path, "wb") as file:
+                file.write(content)
         return path.read_bytes()
 
 
@@ -153,13 +157,3 @@ def _only_one(lock: Path) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes the file whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

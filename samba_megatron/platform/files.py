@@ -18,9 +18,9 @@ def temporary_name(target: Path) -> Path:
 
 def publish(temporary: Path, target: Path) -> None:
     """Makes the finished file ``temporary`` appear as ``target``, replacing what was there."""
-    _flush_to_disk(temporary)
+    sync(temporary)
     os.replace(temporary, target)
-    _flush_to_disk(target.parent)
+    sync(target.parent)
 
 
 @contextmanager
@@ -36,8 +36,14 @@ def atomic_write(target: Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
 
 
-def _flush_to_disk(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, have reached the disk."""
+def write_text(target: Path, text: str) -> None:
+    """Replaces ``target`` by a file with ``text``; it is on disk when this returns."""
+    with atomic_write(target) as stream:
+        stream.write(text)
+
+
+def sync(path: Path) -> None:
+    """Puts on disk a file's bytes or, of a folder, the names created, renamed or removed in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
