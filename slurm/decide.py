@@ -4,6 +4,7 @@ The training processes say in the ledger what they know; Slurm knows of limits, 
 nodes; the log of srun knows which rank fell first. Standard library only.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -38,6 +39,12 @@ class FirstFailure:
     """``Exited with exit code 1``, ``Killed``, ``Out Of Memory``, …"""
     last_words: str = ""
     """The last line of its log that says something."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of its own accord; None where it was ended by a signal."""
+        found = re.fullmatch(r"Exited with exit code (\d+)", self.what)
+        return int(found[1]) if found else None
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,11 @@ def gather(
     job = scheduler.job(attempt[0]) or {}
     first = first_failure(logs)
     end = _end_in_ledger(run_dir, attempt)
+    # srun's code is the largest of all ranks': 143 where one was ended because another had failed.
     if end is not None and end.get("code") is not None:
-        # srun's is the largest of all ranks': 143 where one was ended because another had failed.
         code = end["code"]
+    elif code and first is not None and first.exit_code:
+        code = first.exit_code
     return Evidence(
         code=code,
         end=end,

@@ -91,6 +91,16 @@ def broken_rank(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
     return run
 
 
+def broken_recipe(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
+    """Between submission and start the code has changed: it no longer knows a field."""
+    run = JobRun(cluster, folder, prefix, {})
+    run.submit(nodes=1)
+    recipe = folder / "slurm" / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("sequence_length:", "sequence_lenght:"))
+    run.wait_for_end()
+    return run
+
+
 def chain(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
     """Three jobs that wait for one another; the first is told to save, the second ends the run."""
     run = JobRun(cluster, folder, prefix, {"training.train_steps": FEW_STEPS})

@@ -42,6 +42,7 @@ SCENARIOS = {
     ),
     "test_scancel_saves": Scenario(scenarios.cancelled),
     "test_a_broken_rank_ends_all_and_a_crash_loop_is_held": Scenario(scenarios.broken_rank),
+    "test_a_mistake_in_the_recipe_is_held_at_once": Scenario(scenarios.broken_recipe),
 }
 
 
@@ -192,3 +193,9 @@ def test_a_broken_rank_ends_all_and_a_crash_loop_is_held(run: JobRun) -> None:
         assert "rank 1 on n1: ValueError: this rank's data are broken" in end["reason"]
     (hold,) = run.events("hold")
     assert (hold["cause"], "2 ends in a row" in hold["reason"]) == ("crash loop", True)
+
+
+def test_a_mistake_in_the_recipe_is_held_at_once(run: JobRun) -> None:
+    """The rank that says so counts, not its peers, which srun ends with SIGTERM as Slurm would."""
+    assert run.ends() == [("user error", "hold")], run.report()
+    assert "data.sequence_lenght" in run.events("job_end")[0]["reason"]
