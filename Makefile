@@ -5,7 +5,7 @@ SOURCES := $(wildcard samba_megatron pretrain tools slurm tests)
 LOCK := $(PYTHON_VENV) -m uv pip compile pyproject.toml --quiet --python-version 3.12 \
 	--python-platform x86_64-unknown-linux-gnu --no-header --no-annotate
 
-.PHONY: always help setup setup-gpu quickstart mlflow test lint format lock clean
+.PHONY: always help setup setup-gpu doctor quickstart mlflow test lint format lock clean
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ always:
 
 setup-gpu:  ## The same, with Transformer Engine and the fast kernels for an NVIDIA GPU.
 	@tools/setup_environment.sh --gpu
+
+doctor: .venv/.ready  ## What is installed, which kernels work here, what is missing and what mends it.
+	@$(PYTHON_VENV) tools/doctor.py $(ARGS)
 
 quickstart: .venv/.ready  ## Corpus, tokenizer, dataset, training, resuming: the whole path, under 10 minutes.
 	@$(PYTHON_VENV) tools/quickstart.py $(ARGS)
@@ -42,7 +45,7 @@ format: .venv/.ready  ## Rewrites the sources in the house style.
 	@$(PYTHON_VENV) -m ruff format
 
 lock: .venv/.ready  ## Derives the lock files from pyproject.toml, keeping versions that still fit.
-	@$(LOCK) --extra dev --extra tracking --extra quantize --extra corpora --output-file requirements.lock
+	@$(LOCK) --extra dev --extra tracking --extra quantize --extra evaluate --extra corpora --output-file requirements.lock
 	@$(LOCK) --all-extras --constraint requirements.lock --output-file requirements-gpu.lock
 
 clean:  ## Removes the environment, caches and the quickstart's results.

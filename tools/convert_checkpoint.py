@@ -1,7 +1,8 @@
-"""Converts checkpoints to Hugging Face format and back, and says what a checkpoint holds.
+"""Converts checkpoints to Hugging Face format and back, rewrites them, and says what they hold.
 
     convert_checkpoint.py to-hf --checkpoint runs/samba/checkpoints --output samba-hf
     convert_checkpoint.py from-hf --input samba-hf --output imported
+    convert_checkpoint.py reshard --checkpoint runs/samba/checkpoints --output few --weights-only
     convert_checkpoint.py inspect --checkpoint runs/samba/checkpoints
 
 On a CPU, whatever the layout that a checkpoint was saved in, one tensor in memory at a time.
@@ -47,6 +48,17 @@ def _parse() -> argparse.Namespace:
     from_hf.add_argument("--input", type=Path, required=True, help="folder with config.json")
     from_hf.add_argument("--output", type=Path, required=True, help="folder to make")
     from_hf.set_defaults(run=_from_hf)
+    reshard = commands.add_parser(
+        "reshard", help="checkpoint → checkpoint in few files; weights only, another dtype"
+    )
+    _add_checkpoint(reshard)
+    reshard.add_argument("--output", type=Path, required=True, help="folder to make")
+    reshard.add_argument(
+        "--weights-only", action="store_true", help="without optimizer and random generators"
+    )
+    reshard.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (as they are)")
+    reshard.add_argument("--file-size", default="5GB", help="largest file (default: 5GB)")
+    reshard.set_defaults(run=_reshard)
     inspect = commands.add_parser("inspect", help="what a checkpoint holds")
     _add_checkpoint(inspect)
     inspect.set_defaults(run=_inspect)
@@ -71,7 +83,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
             output=arguments.output,
             overwrite=arguments.overwrite,
             dtype=arguments.dtype,
-            shard_bytes=_bytes(arguments.shard_size),
+            shard_bytes=_bytes("--shard-size", arguments.shard_size),
             tokenizer=arguments.tokenizer,
             compare=arguments.parity,
         ),
@@ -92,8 +104,38 @@ def _from_hf(arguments: argparse.Namespace) -> None:
         f"{report.path}: {report.parameters:,} parameters, {model.hybrid_layer_pattern}, "
         f"written in {report.seconds:.1f} s"
     )
-    print(f"start from it with --checkpoint.load {arguments.output} ", end="")
-    print("--checkpoint.load_weights_only true")
+    _say_how_to_start(arguments.output)
+
+
+def _reshard(arguments: argparse.Namespace) -> None:
+    file_bytes = _bytes("--file-size", arguments.file_size)
+    import torch
+
+    from samba_megatron.checkpoint.reshard import ReshardOptions, reshard
+
+    dtypes = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
+    report = reshard(
+        ReshardOptions(
+            checkpoint=arguments.checkpoint,
+            output=arguments.output,
+            weights_only=arguments.weights_only,
+            dtype=dtypes[arguments.dtype],
+            file_bytes=file_bytes,
+        ),
+        notice=_notice,
+    )
+    plural = "" if report.files == 1 else "s"
+    print(
+        f"{report.path}: {report.files} file{plural} of {report.bytes / 1e9:.2f} GB (from "
+        f"{report.source_files} of {report.source_bytes / 1e9:.2f} GB), all {report.pieces:,} "
+        f"pieces compared, {report.seconds:.1f} s"
+    )
+    if arguments.weights_only:
+        _say_how_to_start(arguments.output)
+
+
+def _say_how_to_start(output: Path) -> None:
+    print(f"start from it with --checkpoint.load {output} --checkpoint.load_weights_only true")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -120,13 +162,13 @@ def _summary(content: dict[str, Any]) -> dict[str, str]:
     weights, optimizer = content["weights"].values(), content["optimizer"].values()
     dtypes = sorted({entry["dtype"] for entry in weights})
     layout = ", ".join(f"{k} {v}" for k, v in manifest["layout"].items() if v is not None)
-    model = manifest["config"].get("model", {})
+    config = manifest["config"]
     return {
         "step": f"{manifest['step']:,}",
         "tokens": f"{manifest['consumed_tokens']:,}",
         "parameters": f"{manifest['parameters']:,}",
-        "pattern": str(model.get("hybrid_layer_pattern")),
-        "width": str(model.get("hidden_size")),
+        "model": _fields(config.get("model", {})),
+        "training": _fields(_training(config)),
         "saved in the layout": layout,
         "dtype": ", ".join(dtypes),
         "weights": f"{sum(entry['bytes'] for entry in weights) / 1e9:.3f} GB",
@@ -137,11 +179,31 @@ def _summary(content: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _bytes(text: str) -> int:
+def _training(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's configuration is asked for most."""
+    groups = {
+        "data": ("sequence_length", "tokenizer"),
+        "training": ("global_batch_size",),
+        "optimizer": ("lr",),
+        "precision": ("params_dtype", "fp8"),
+    }
+    return {
+        f"{group}.{name}": config[group][name]
+        for group, names in groups.items()
+        for name in names
+        if name in config.get(group, {})
+    }
+
+
+def _fields(fields: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in fields.items() if value is not None)
+
+
+def _bytes(option: str, text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
-        raise UserError(f"--shard-size is {text!r}: write a size such as 5GB or 500MB")
+        raise UserError(f"{option} is {text!r}: write a size such as 5GB or 500MB")
     return size
 
 

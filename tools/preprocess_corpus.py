@@ -1,6 +1,7 @@
 """Tokenizes a corpus into Megatron's indexed datasets (.bin and .idx), with a manifest.
 
-Interrupted, the same command goes on where it stopped.
+Interrupted, the same command goes on where it stopped. Of prompts with completions, or of
+conversations, a second dataset, PREFIX_loss_mask, says on which tokens the loss counts.
 """
 
 import argparse
@@ -25,6 +26,9 @@ from samba_megatron.platform.errors import UserError, run_command
 def main() -> None:
     """Runs the command."""
     arguments = vars(_parser().parse_args())
+    if _is_instructions(arguments):
+        _instructions(arguments)
+        return
     dry_run = arguments.pop("dry_run")
     options = _options(arguments)
     if dry_run:
@@ -77,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace a dataset made from something else")
     _add_shards(parser)
     _add_checks(parser)
+    _add_instructions(parser)
     _add_stages(parser)
     _add_slurm(parser)
     return parser
@@ -118,6 +123,65 @@ def _add_checks(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--verify", action="store_true", help="compare all documents with Hugging Face's tokens"
     )
+
+
+def _add_instructions(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts with completions, or conversations (JSON lines)")
+    group.add_argument("--prompt-key", metavar="KEY", help="text on which the loss does not count")
+    group.add_argument("--completion-key", metavar="KEY", help="text on which it does")
+    group.add_argument(
+        "--messages-key", metavar="KEY", help="list of role and content; assistant's turns count"
+    )
+    group.add_argument(
+        "--turn-format", metavar="TEXT", help=r"of conversations ({role}: {content}\n)"
+    )
+
+
+def _is_instructions(arguments: dict[str, Any]) -> bool:
+    """Whether a dataset with a loss mask is asked for; else its options are taken out."""
+    names = ("prompt_key", "completion_key", "messages_key", "turn_format")
+    if any(arguments[name] is not None for name in names):
+        return True
+    for name in names:
+        del arguments[name]
+    return False
+
+
+def _instructions(arguments: dict[str, Any]) -> None:
+    from samba_megatron.data.preprocessing.instructions import (
+        TURN_FORMAT,
+        InstructionOptions,
+        preprocess_instructions,
+    )
+
+    elsewhere = ("dry_run", "validation_fraction", "shard_bytes", "merge", "verify", "stages")
+    for name in (*elsewhere, "max_errors", "slurm", *STAGES):
+        if arguments[name]:
+            option = name.replace("shard_bytes", "shard_size").replace("_", "-")
+            raise UserError(f"--{option} is for plain text: leave it out for a dataset with a mask")
+    form = arguments["turn_format"]
+    options = InstructionOptions(
+        inputs=arguments["input"],
+        turn_format=TURN_FORMAT if form is None else form.replace("\\n", "\n"),
+        **{
+            name: arguments[name]
+            for name in ("tokenizer", "output_prefix", "prompt_key", "completion_key")
+        },
+        **{
+            name: arguments[name]
+            for name in ("messages_key", "append_eod", "on_error", "overwrite")
+        },
+    )
+    report = preprocess_instructions(options)
+    share = 100 * report.counted / report.tokens
+    rows = {
+        "documents": f"{report.documents:,}",
+        "tokens": f"{report.tokens:,}",
+        "of these the loss counts on": f"{report.counted:,} ({share:.1f} %)",
+        "skipped": f"{report.skipped:,}",
+        "time": f"{report.seconds:.1f} s",
+    }
+    _print_table(options.output_prefix, rows)
 
 
 def _add_stages(parser: argparse.ArgumentParser) -> None:

@@ -25,11 +25,17 @@ def main() -> None:
     parser.add_argument(
         "--max-megabytes", type=float, help="learn from the first MB of text only (default: all)"
     )
+    parser.add_argument(
+        "--split-digits", action="store_true", help="every digit is a token, as Llama's"
+    )
     arguments = parser.parse_args()
     started = time.monotonic()
     texts = read_texts(expand_inputs(arguments.input), arguments.text_key)
     tokenizer = train_tokenizer(
-        _reported(texts, arguments.max_megabytes), arguments.vocab_size, arguments.output
+        _reported(texts, arguments.max_megabytes),
+        arguments.vocab_size,
+        arguments.output,
+        split_digits=arguments.split_digits,
     )
     if tokenizer.vocab_size < arguments.vocab_size:
         print(

@@ -64,9 +64,12 @@ CHANGES: Mapping[str, Change] = {
     "parallel.sequence_parallel": _FREE,
     "parallel.pipeline_model_parallel_size": _FREE,
     "parallel.virtual_pipeline_model_parallel_size": _FREE,
+    "parallel.context_parallel_size": _FREE,
     "parallel.overlap_grad_reduce": _FREE,
     "parallel.overlap_param_gather": _FREE,
     "parallel.ddp_bucket_size": _FREE,
+    "parallel.sequence_pieces": _FREE,
+    "parallel.sequence_piece_gradients": _NOTICE,
     "parallel.recompute_granularity": _FREE,
     "parallel.recompute_method": _FREE,
     "parallel.recompute_num_layers": _FREE,
@@ -76,6 +79,8 @@ CHANGES: Mapping[str, Change] = {
     "kernels.selective_scan": _FREE,
     "kernels.causal_conv1d": _FREE,
     "kernels.windowed_attention": _FREE,
+    "kernels.swiglu": _FREE,
+    "kernels.gradient_accumulation_fusion": _FREE,
     "kernels.cross_entropy": _FREE,
     # The datasets themselves are compared, not what they are called (data.identity).
     "data.data_path": _FREE,
@@ -85,8 +90,10 @@ CHANGES: Mapping[str, Change] = {
     "data.path_to_cache": _FREE,
     "data.tokenizer": _NOTICE,
     "data.sequence_length": _FIXED,
-    "data.reset_position_ids": _FIXED,
+    "data.packing": _FIXED,  # positions in the sources are counted in its samples
+    "data.reset_at_document_boundaries": _FIXED,
     "data.eod_mask_loss": _FIXED,
+    "data.loss_masks": _FIXED,
     "data.num_workers": _FREE,
     "optimizer.adam_impl": _FREE,
     "optimizer.lr": _NOTICE,
@@ -144,11 +151,20 @@ CHANGES: Mapping[str, Change] = {
     "faults.max_skipped_steps": _FREE,
     "faults.max_rollbacks": _FREE,
     "logging.log_interval": _FREE,
+    "logging.straggler_interval": _FREE,
+    "logging.log_layer_norms_interval": _FREE,
     "logging.progress": _FREE,
     "logging.mlflow_tracking_uri": _FREE,
     "logging.mlflow_experiment": _FREE,
+    "logging.profile_step_start": _FREE,
+    "logging.profile_step_end": _FREE,
+    "logging.profile_ranks": _FREE,
 }
 """Every field of the configuration, and what it means that it changed."""
+
+
+_BEFORE: Mapping[str, Any] = {"data.reset_at_document_boundaries": False}
+"""What runs did before a field was there, where that is not its default."""
 
 
 class _Difference(NamedTuple):
@@ -164,7 +180,7 @@ def compare_for_resume(
 
     Args:
         saved: the configuration in the checkpoint, as :func:`~samba_megatron.config.load.to_dict`
-            gave it; fields that it lacks are taken to have had their default.
+            gave it; a field that it lacks is taken to have been what runs did before it was there.
         current: the run that is starting.
         weights_only: only the weights are taken from the checkpoint, so only they must fit.
 
@@ -216,6 +232,9 @@ def _read_saved(saved: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
         else:
             unknown = [key]
         notices += [f"{name} in the checkpoint is not known here: ignored" for name in unknown]
+    for name, value in _BEFORE.items():
+        group, field = name.split(".")
+        known.setdefault(group, {}).setdefault(field, value)
     return from_dict(known, "in the checkpoint's configuration"), notices
 
 

@@ -1,6 +1,7 @@
 """What is read: indexed datasets, their blend, and the tokenizer they were made with."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -28,11 +29,18 @@ class DataConfig:
     sequence_length: int = 4096
     """Tokens a sample."""
 
-    reset_position_ids: bool = False
-    """Start position ids again after each end-of-document token."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents make samples: end to end and cut, or whole by best fit, padded at the end."""
+
+    reset_at_document_boundaries: bool = True
+    """Documents of a sample do not see each other: attention, convolutions, states start anew."""
 
     eod_mask_loss: bool = False
     """Do not count the loss where the input is an end-of-document token."""
+
+    loss_masks: bool = False
+    """Count the loss only on the tokens that the dataset PREFIX_loss_mask beside a dataset marks
+    (preprocess_corpus.py --completion-key writes it); on all where there is none."""
 
     num_workers: int = 1
     """Micro-batches read ahead in the background; 0 reads them when asked."""

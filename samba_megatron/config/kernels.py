@@ -18,7 +18,14 @@ class KernelsConfig:
     """Backend of the depthwise causal convolution."""
 
     windowed_attention: str = "auto"
-    """Backend of attention in the ``local`` implementation."""
+    """Backend of attention in the ``local`` implementation, and wherever documents stay apart."""
+
+    swiglu: str = "auto"
+    """Backend of the MLPs' gate."""
+
+    gradient_accumulation_fusion: bool = True
+    """Transformer Engine's linears add their weights' gradients to the gradient buffer as part of
+    the matrix product, instead of making them first and adding then."""
 
     cross_entropy: Literal["auto", "megatron", "transformer_engine"] = "auto"
     """Vocabulary-parallel cross-entropy: megatron-core's, or Transformer Engine's fused one."""

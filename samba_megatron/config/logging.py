@@ -1,6 +1,6 @@
 """What a run says about itself, and where."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -11,6 +11,12 @@ class LoggingConfig:
     log_interval: int = 1
     """Steps between lines (and live updates)."""
 
+    straggler_interval: int | None = 10
+    """Steps between comparisons of the ranks' computing times; unset: none."""
+
+    log_layer_norms_interval: int | None = None
+    """Steps between records of each layer's weight, gradient and activation norms; unset: none."""
+
     progress: Literal["auto", "live", "plain"] = "auto"
     """A live panel, or plain lines; ``auto`` is live on a terminal."""
 
@@ -20,3 +26,12 @@ class LoggingConfig:
 
     mlflow_experiment: str = "samba"
     """MLflow's experiment; a run and all its resumes are one MLflow run in it."""
+
+    profile_step_start: int | None = None
+    """Profile from this step (its kernels and a trace go to the run folder's ``profile/``)."""
+
+    profile_step_end: int | None = None
+    """To before this step; one step when unset."""
+
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that are profiled."""

@@ -8,7 +8,7 @@ RecomputeModule = Literal["mamba", "attention", "mlp"]
 
 @dataclass
 class ParallelConfig:
-    """Tensor, sequence, pipeline and data parallelism; data parallelism takes what is left."""
+    """Tensor, sequence, pipeline and context parallelism; data parallelism takes what is left."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer's matrices."""
@@ -21,6 +21,18 @@ class ParallelConfig:
 
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks a pipeline stage (interleaved schedule)."""
+
+    context_parallel_size: int = 1
+    """Ranks that share each sequence, a contiguous piece each: for sequences that one device cannot
+    hold."""
+
+    sequence_pieces: int = 1
+    """Pieces in which each sequence goes through the model, one after the other: a sequence of any
+    length in the memory of one piece."""
+
+    sequence_piece_gradients: Literal["exact", "truncated"] = "exact"
+    """``exact``: the whole sequence's gradients, for one more forward pass; ``truncated``: none
+    flow from a piece to the one before it."""
 
     overlap_grad_reduce: bool = True
     """Reduce gradients over data-parallel ranks while the backward pass runs."""

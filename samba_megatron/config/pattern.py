@@ -113,7 +113,7 @@ def split_stages(
             f"{len(blocks)} blocks: use at most {len(blocks)} chunks, or cut inside blocks by hand "
             "with |"
         )
-    return _balanced(blocks, chunks)
+    return list(_balanced(tuple(blocks), chunks))
 
 
 def _blocks(expanded: str) -> list[str]:
@@ -123,7 +123,8 @@ def _blocks(expanded: str) -> list[str]:
     return re.findall(rf"[^{MLP}]*{MLP}|[^{MLP}]+$", expanded)
 
 
-def _balanced(blocks: list[str], chunks: int) -> list[str]:
+@cache
+def _balanced(blocks: tuple[str, ...], chunks: int) -> tuple[str, ...]:
     """Consecutive blocks joined into ``chunks`` chunks with the least sum of squared lengths.
 
     Among equals the one with the lightest last, then the lightest first chunk.
@@ -144,7 +145,7 @@ def _balanced(blocks: list[str], chunks: int) -> list[str]:
             return range(len(blocks), len(blocks) + 1)
         return range(start + 1, len(blocks) - left + 2)
 
-    return list(best(0, chunks)[1])
+    return best(0, chunks)[1]
 
 
 def to_megatron(

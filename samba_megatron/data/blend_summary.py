@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from samba_megatron.data.blend_order import Plan, Position, phase_shares, project
 from samba_megatron.data.sample_index import SourcePart
-from samba_megatron.tracking.console import format_count
+from samba_megatron.tracking.numbers import format_count
 
 _MOST_SHOWN = 12
 
@@ -57,4 +57,12 @@ def summarise(
     ]
     if len(changes) > _MOST_SHOWN:
         rows.append(("later", f"{len(changes) - _MOST_SHOWN} more sources reach max_epochs"))
-    return rows
+    return rows + _padding(parts, sequence_length)
+
+
+def _padding(parts: Sequence[SourcePart], sequence_length: int) -> list[tuple[str, str]]:
+    """What packing by best fit leaves empty, over one pass of every source."""
+    packed = [part.packed for part in parts if part.packed is not None]
+    room = sum(size.samples for size in packed) * sequence_length
+    filled = sum(size.positions for size in packed)
+    return [("padding", f"{100 * (1 - filled / room):.3g}%")] if packed else []

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from samba_megatron.data.best_fit import PackedSize, packed_size
 from samba_megatron.data.indexed import (
     bin_path,
     check_dataset,
@@ -53,6 +54,8 @@ class Facts:
     """Sizes and modification times of the files."""
     part_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of parts that were asked for, by ``first:last`` sequence."""
+    part_packed: dict[str, list[int]] = field(default_factory=dict)
+    """What parts make when packed by best fit, by ``first:last`` and length of a sample."""
 
 
 class Catalogue:
@@ -98,6 +101,15 @@ class Catalogue:
             facts.part_tokens[key] = int(lengths.sum(dtype=np.int64))
             self._changed = True
         return facts.part_tokens[key]
+
+    def part_packed(self, facts: Facts, first: int, last: int, sequence_length: int) -> PackedSize:
+        """What the sequences ``first`` to ``last - 1`` make when packed by best fit."""
+        key = f"{first}:{last} {sequence_length}"
+        if key not in facts.part_packed:
+            lengths = sequence_lengths(facts.prefix)[first:last]
+            facts.part_packed[key] = list(packed_size(lengths, sequence_length))
+            self._changed = True
+        return PackedSize(*facts.part_packed[key])
 
     def save(self) -> None:
         """Writes what is new to the cache; of two jobs that do so at once, one remains.

@@ -31,6 +31,7 @@ from samba_megatron.data.blend_order import (
     whole_shares,
 )
 from samba_megatron.data.catalogue import Catalogue, Facts
+from samba_megatron.data.loss_masks import has_mask
 from samba_megatron.data.sample_index import OrderCache, SourcePart, Stored
 from samba_megatron.data.samples import (
     BlendedSamples,
@@ -165,6 +166,11 @@ def _settle(
     until, valid_until = (1.0, 1.0) if data.valid_data_path else _parts(data, valid_samples)
     blend = training_blend(data)
     facts = known_sources(blend, catalogue, vocab_size)
+    if data.loss_masks and not any(has_mask(prefix) for prefix in blend.prefixes):
+        raise UserError(
+            f"data.loss_masks is set, and no dataset in {blend.place} has one: make them with "
+            "preprocess_corpus.py --completion-key or --messages-key, or leave it out"
+        )
     parts = _cut(catalogue, blend, facts, (0.0, until), options, "training")
     train = _train_side(blend, parts, options, train_samples, consumed or {})
     valid = None
@@ -295,21 +301,29 @@ def _cut(
                 f"of sequence_length {options.sequence_length} + 1: use a larger dataset, another "
                 "split or shorter sequences"
             )
-        parts.append(SourcePart(source.name, known.prefix, known.fingerprint, first, last, tokens))
+        packed = None
+        if options.packing == "best_fit":
+            packed = catalogue.part_packed(known, first, last, options.sequence_length)
+            if not packed.samples:
+                raise UserError(f"the dataset {known.prefix} has no document of two tokens")
+        parts.append(
+            SourcePart(source.name, known.prefix, known.fingerprint, first, last, tokens, packed)
+        )
     return parts
 
 
 def _options(data: DataConfig, seed: int) -> SampleOptions:
-    needing = [name for name in ("reset_position_ids", "eod_mask_loss") if getattr(data, name)]
-    if needing and not data.tokenizer:
+    if data.eod_mask_loss and not data.tokenizer:
         raise UserError(
-            f"data.{needing[0]} needs to know the end-of-document token: set data.tokenizer"
+            "data.eod_mask_loss needs to know the end-of-document token: set data.tokenizer"
         )
     eod = load_tokenizer(data.tokenizer).eod if data.tokenizer else -1
     return SampleOptions(
         sequence_length=data.sequence_length,
         seed=seed,
-        reset_position_ids=data.reset_position_ids,
+        packing=data.packing,
+        reset_at_document_boundaries=data.reset_at_document_boundaries,
         eod_mask_loss=data.eod_mask_loss,
         eod=eod,
+        loss_masks=data.loss_masks,
     )

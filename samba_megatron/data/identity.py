@@ -12,6 +12,8 @@ from samba_megatron.config.data import DataConfig
 from samba_megatron.data.blend import Blend, training_blend, validation_blend
 from samba_megatron.data.catalogue import Catalogue
 from samba_megatron.data.datasets import cache_folder, known_sources
+from samba_megatron.data.indexed import fingerprint
+from samba_megatron.data.loss_masks import has_mask, mask_prefix
 from samba_megatron.data.tokenizer import load_tokenizer
 
 _MOST_NAMED = 5
@@ -32,15 +34,14 @@ def dataset_identity(data: DataConfig, random_seed: int) -> dict[str, Any]:
     train = training_blend(data)
     valid = validation_blend(data.valid_data_path) if data.valid_data_path else None
     identity = {
-        "train": _described(train, catalogue),
+        "train": _described(train, catalogue, data.loss_masks),
         "stages": [
             {"until_tokens": s.until_tokens, "weights": s.weights and dict(s.weights)}
             for s in train.stages
         ],
-        "valid": _described(valid, catalogue) if valid else [],
+        "valid": _described(valid, catalogue, data.loss_masks) if valid else [],
         "split": None if data.valid_data_path else data.split,
         "sequence_length": data.sequence_length,
-        "reset_position_ids": data.reset_position_ids,
         "eod_mask_loss": data.eod_mask_loss,
         "random_seed": random_seed,
         "tokenizer": tokenizer.identity if tokenizer else None,
@@ -49,7 +50,13 @@ def dataset_identity(data: DataConfig, random_seed: int) -> dict[str, Any]:
     return identity
 
 
-def _described(blend: Blend, catalogue: Catalogue) -> list[dict[str, Any]]:
+def _mask_of(prefix: str) -> str:
+    """What tells a dataset's loss mask from others; nothing where there is none."""
+    return "+" + fingerprint(mask_prefix(prefix)) if has_mask(prefix) else ""
+
+
+def _described(blend: Blend, catalogue: Catalogue, masks: bool) -> list[dict[str, Any]]:
+    """The sources; where masks are used, another mask is other data."""
     return [
         {
             "name": source.name,
@@ -58,7 +65,7 @@ def _described(blend: Blend, catalogue: Catalogue) -> list[dict[str, Any]]:
             "max_epochs": source.max_epochs,
             "documents": facts.documents,
             "tokens": facts.tokens,
-            "fingerprint": facts.fingerprint,
+            "fingerprint": facts.fingerprint + (_mask_of(source.prefix) if masks else ""),
         }
         for source, facts in zip(blend.sources, known_sources(blend, catalogue), strict=True)
     ]

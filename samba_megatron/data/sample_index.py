@@ -4,7 +4,8 @@ One epoch of a source is what Megatron's ``GPTDataset`` makes of it: the documen
 end to end, cut into samples of ``sequence_length`` (+ 1 token that the next one shares), and the
 samples shuffled. Megatron shuffles all the epochs of a run together, so asking for more samples
 re-orders those already seen; here every epoch has its own seed, so that a source has one order
-whatever the run's length, its share in the blend and the other sources.
+whatever the run's length, its share in the blend and the other sources. Packed by best fit
+(:mod:`samba_megatron.data.best_fit`), the same shuffled documents make other samples.
 
 Orders are cached in *packs*: one file with the orders of many sources, each under a key that covers
 the source's content. One rank builds what no pack has, in one new pack that appears whole; the
@@ -26,11 +27,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from samba_megatron.data.best_fit import PackedSize, pack
 from samba_megatron.data.indexed import sequence_lengths
 from samba_megatron.platform.errors import UserError
 from samba_megatron.platform.files import publish
 
-_MAGIC = b"SAMPACK1"
+_MAGIC = b"SAMPACK2"
 _HEADER = struct.Struct("<8sQ")
 _ALIGNMENT = 64
 _PARALLEL_FROM = 20_000_000
@@ -52,22 +54,28 @@ class SourcePart:
     last: int
     """One past the last sequence."""
     tokens: int
+    packed: PackedSize | None = None
+    """What a pass makes where documents are packed by best fit; None where they lie end to end."""
 
     def samples_per_epoch(self, sequence_length: int) -> int:
-        """Whole samples in one pass; the tokens that do not fill one are left out."""
+        """Samples in one pass. End to end, the tokens that do not fill one are left out."""
+        if self.packed is not None:
+            return self.packed.samples
         return (self.tokens - 1) // sequence_length
 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """One shuffled pass over a part. ``d`` sequences, ``n`` samples."""
+    """One shuffled pass over a part. ``d`` sequences, ``n`` samples; packed by best fit, ``p``
+    pieces of sequences."""
 
     documents: Int32
-    """The sequences in order ``[d]``."""
+    """The sequences in order ``[d]``; packed, that of each piece ``[p]``."""
     starts: Int32
     """The place in ``documents`` where each sample begins, and the end ``[n + 1]``."""
     offsets: Int32
-    """The token of that sequence at which it does ``[n + 1]``."""
+    """The token of that sequence at which it does ``[n + 1]``; packed, that of each piece
+    ``[p]``."""
     shuffle: Int32
     """The samples in order ``[n]``."""
 
@@ -79,31 +87,42 @@ class Stored(NamedTuple):
     """File name in the cache."""
     start: int
     """Byte."""
-    documents: int
-    samples: int
+    sizes: tuple[int, ...]
+    """Of an order's arrays."""
 
 
 def order_key(part: SourcePart, epoch: int, sequence_length: int, seed: int) -> str:
     """The name of an order: equal for equal content, settings and seed, wherever the data lie."""
     what = f"{part.fingerprint} {part.first}:{part.last} {sequence_length} {seed + epoch}"
+    what += "" if part.packed is None else " best_fit"
     return hashlib.sha256(what.encode()).hexdigest()[:32]
 
 
 def epoch_order(part: SourcePart, epoch: int, sequence_length: int, seed: int) -> EpochOrder:
     """Makes the order of one epoch.
 
-    Memory: about 12 bytes a sequence and 16 a sample.
+    Memory: about 12 bytes a sequence and 16 a sample; packed, about 100 a sequence.
 
     Raises:
         UserError: the dataset has more sequences than 32 bits count.
     """
-    samples = part.samples_per_epoch(sequence_length)
-    if max(part.last, samples) > _MOST:
+    if max(part.last, *_sizes(part, sequence_length)) > _MOST:
         raise UserError(f"the dataset {part.prefix} has over {_MOST} documents: split it")
     random = np.random.RandomState(seed + epoch)
     documents = np.arange(part.first, part.last, dtype=np.int32)
     random.shuffle(documents)
     lengths = sequence_lengths(part.prefix)
+    samples = part.samples_per_epoch(sequence_length)
+    if part.packed is not None:
+        pieces = pack(documents, lengths[documents], sequence_length)
+        shuffle = np.arange(samples, dtype=np.int32)
+        random.shuffle(shuffle)
+        return EpochOrder(
+            pieces.documents,
+            pieces.starts.astype(np.int32),
+            pieces.offsets.astype(np.int32),
+            shuffle,
+        )
     ends = np.cumsum(lengths[documents], dtype=np.int64)
     first_tokens = np.arange(samples + 1, dtype=np.int64) * sequence_length
     starts = np.searchsorted(ends, first_tokens, side="right")
@@ -152,8 +171,7 @@ class OrderCache:
         if stored.pack not in self._packs:
             path = self.folder / stored.pack
             self._packs[stored.pack] = np.memmap(path, mode="r", dtype=np.uint8)
-        samples = stored.samples
-        sizes = (stored.documents, samples + 1, samples + 1, samples)
+        sizes = stored.sizes
         numbers = np.frombuffer(self._packs[stored.pack], np.int32, sum(sizes), stored.start)
         return EpochOrder(*np.split(numbers, np.cumsum(sizes)[:-1]))
 
@@ -232,15 +250,23 @@ def _do(work: _Work) -> None:
             stream.write(numbers.data)
 
 
+def _sizes(part: SourcePart, sequence_length: int) -> tuple[int, int, int, int]:
+    """Of the arrays of an order: documents, starts, offsets and shuffle."""
+    samples = part.samples_per_epoch(sequence_length)
+    if part.packed is not None:
+        return part.packed.pieces, samples + 1, part.packed.pieces, samples
+    return part.last - part.first, samples + 1, samples + 1, samples
+
+
 def _lay_out(
     missing: dict[str, tuple[SourcePart, int]], sequence_length: int
 ) -> Iterator[tuple[str, list[int]]]:
-    """Key, and byte (after the table), documents and samples of each order."""
+    """Key, and byte (after the table) and sizes of each order."""
     start = 0
     for key, (part, _) in missing.items():
-        documents, samples = part.last - part.first, part.samples_per_epoch(sequence_length)
-        yield key, [start, documents, samples]
-        start += 4 * (documents + 3 * samples + 2)
+        sizes = _sizes(part, sequence_length)
+        yield key, [start, *sizes]
+        start += 4 * sum(sizes)
 
 
 def _write_table(stream: BinaryIO, table: dict[str, list[int]]) -> None:
@@ -258,10 +284,10 @@ def _read_table(stream: BinaryIO, name: str) -> dict[str, Stored]:
         raise ValueError(f"{name} is no pack")
     table = json.loads(stream.read(length))
     data = _HEADER.size + length
-    stored = {key: Stored(name, data + start, d, n) for key, (start, d, n) in table.items()}
-    last = max(
-        entry.start + 4 * (entry.documents + 3 * entry.samples + 2) for entry in stored.values()
-    )
+    stored = {
+        key: Stored(name, data + start, tuple(sizes)) for key, (start, *sizes) in table.items()
+    }
+    last = max(entry.start + 4 * sum(entry.sizes) for entry in stored.values())
     if os.fstat(stream.fileno()).st_size != last:
         raise ValueError(f"{name} is truncated")
     return stored

@@ -6,9 +6,9 @@ of prefixes stays under the limit on open files, and a rank pays only for what i
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from samba_megatron.data.blend_order import (
 )
 from samba_megatron.data.blend_summary import summarise
 from samba_megatron.data.indexed import bin_path, map_index
+from samba_megatron.data.loss_masks import map_mask
 from samba_megatron.data.sample_index import (
     EpochOrder,
     OrderCache,
@@ -46,12 +47,16 @@ class SampleOptions:
 
     sequence_length: int
     seed: int
-    reset_position_ids: bool = False
-    """Positions start again after each end-of-document token."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """Documents end to end and cut, or whole by best fit."""
+    reset_at_document_boundaries: bool = False
+    """Samples say where documents begin."""
     eod_mask_loss: bool = False
     """The loss does not count where the input is an end-of-document token."""
     eod: int = -1
-    """The end-of-document token, where one of these needs it."""
+    """The end-of-document token, where that needs it."""
+    loss_masks: bool = False
+    """The loss counts where the mask beside a dataset says so."""
 
 
 class _LeastRecentlyUsed[K, V]:
@@ -79,6 +84,21 @@ class _OpenDataset:
     """Tokens of each sequence, mapped."""
     pointers: npt.NDArray[np.int64]
     """Byte at which each sequence begins, mapped."""
+    mask: npt.NDArray[np.uint8] | None
+    """1 where the loss counts, mapped; None: everywhere."""
+
+
+class TokensAndLabels(NamedTuple):
+    """One sample of a source."""
+
+    tokens: npt.NDArray[np.int64]
+    """``[sequence_length]``."""
+    labels: npt.NDArray[np.int64]
+    """What follows each ``[sequence_length]``."""
+    filled: int
+    """The positions after these are padding."""
+    counted: npt.NDArray[np.uint8] | None
+    """1 where the loss counts ``[filled]``; None: everywhere."""
 
 
 class SourceReader:
@@ -100,35 +120,80 @@ class SourceReader:
             stored: which they are; an order that is not there is made when it is needed.
         """
         self.parts, self.options = parts, options
+        self._length = options.sequence_length
         self._cache, self._stored = cache, stored
         self._per_epoch = [part.samples_per_epoch(options.sequence_length) for part in parts]
         self._lock = threading.Lock()
         self._datasets = _LeastRecentlyUsed(_OPEN_DATASETS, self._open)
         self._orders = _LeastRecentlyUsed(_HELD_ORDERS, self._order)
 
-    def read(self, source: int, number: int) -> npt.NDArray[np.int64]:
-        """Tokens ``[sequence_length + 1]`` of sample ``number`` of a source, epochs counted on."""
+    def read(self, source: int, number: int) -> TokensAndLabels:
+        """Sample ``number`` of a source, epochs counted on."""
+        dataset, pieces = self._pieces(source, number)
+        if self.parts[source].packed is None:
+            text = np.concatenate(
+                [dataset.tokens[first : first + count] for first, count in pieces], dtype=np.int64
+            )
+            counted = _counted(dataset, pieces)
+            counted = None if counted is None else counted[1:]
+            return TokensAndLabels(text[:-1], text[1:], len(text) - 1, counted)
+        tokens, labels = np.zeros((2, self._length), np.int64)
+        at = 0
+        for first, count in pieces:
+            text = dataset.tokens[first : first + count + 1]
+            tokens[at : at + count], labels[at : at + count] = text[:-1], text[1:]
+            at += count
+        ends = [(first + 1, count) for first, count in pieces]
+        return TokensAndLabels(tokens, labels, at, _counted(dataset, ends))
+
+    def document_start(self, source: int, number: int) -> npt.NDArray[np.bool_]:
+        """Where in the tokens ``[sequence_length]`` of a sample a document begins, or what is in it
+        of one: so always at the first; and where padding does. Reads no tokens."""
+        _, pieces = self._pieces(source, number)
+        starts = np.zeros(self._length + 2, np.bool_)
+        starts[np.cumsum([0, *(count for _, count in pieces)])] = True
+        return starts[: self._length]
+
+    def _pieces(self, source: int, number: int) -> tuple[_OpenDataset, list[tuple[int, int]]]:
+        """The stretches of documents that make a sample: each one's first token in its dataset, and
+        how many positions of the sample it takes, of which the last one may be for a label only."""
         epoch, index = divmod(number, self._per_epoch[source])
         with self._lock:
             order = self._orders.get((source, epoch))
             dataset = self._datasets.get(source)
         sample = int(order.shuffle[index])
+        packed = self.parts[source].packed is not None
+        stretches = self._packed(order, sample) if packed else self._joined(order, sample, dataset)
+        size, pieces = dataset.tokens.itemsize, []
+        for sequence, offset, most in stretches:
+            count = min(int(dataset.lengths[sequence]) - offset - packed, most)
+            pieces.append((int(dataset.pointers[sequence]) // size + offset, count))
+        return dataset, pieces
+
+    def _packed(self, order: EpochOrder, sample: int) -> Iterator[tuple[int, int, int]]:
+        """Sequences, the first token of each, and how many positions it may take."""
+        for piece in range(int(order.starts[sample]), int(order.starts[sample + 1])):
+            yield int(order.documents[piece]), int(order.offsets[piece]), self._length
+
+    def _joined(
+        self, order: EpochOrder, sample: int, dataset: _OpenDataset
+    ) -> Iterator[tuple[int, int, int]]:
+        """The same for sequences end to end, with one position more for the last label."""
         place, offset = int(order.starts[sample]), int(order.offsets[sample])
-        left = self.options.sequence_length + 1
-        text = np.empty(left, np.int64)
+        left = self._length + 1
         while left:
-            sequence = order.documents[place]
+            sequence = int(order.documents[place])
             count = min(int(dataset.lengths[sequence]) - offset, left)
-            first = int(dataset.pointers[sequence]) // dataset.tokens.itemsize + offset
-            text[len(text) - left :][:count] = dataset.tokens[first : first + count]
+            if count:
+                yield sequence, offset, left
             left, place, offset = left - count, place + 1, 0
-        return text
 
     def _open(self, source: int) -> _OpenDataset:
         prefix = self.parts[source].prefix
         lengths, pointers, _, dtype = map_index(prefix)
         tokens = np.memmap(bin_path(prefix), mode="r", dtype=dtype)
-        return _OpenDataset(tokens, lengths, pointers)
+        mask = map_mask(prefix) if self.options.loss_masks else None
+        return _OpenDataset(tokens, lengths, pointers, mask)
 
     def _order(self, which: tuple[int, int]) -> EpochOrder:
         source, epoch = which
@@ -137,6 +202,15 @@ class SourceReader:
         if key in self._stored:
             return self._cache.load(self._stored[key])
         return epoch_order(part, epoch, options.sequence_length, options.seed)
+
+
+def _counted(
+    dataset: _OpenDataset, stretches: list[tuple[int, int]]
+) -> npt.NDArray[np.uint8] | None:
+    """What the mask says of stretches of tokens, one after another; None: there is no mask."""
+    if dataset.mask is None:
+        return None
+    return np.concatenate([dataset.mask[first : first + count] for first, count in stretches])
 
 
 def start_position(plan: Plan, parts: Sequence[SourcePart], ledger: Mapping[str, Any]) -> Position:
@@ -148,8 +222,9 @@ def start_position(plan: Plan, parts: Sequence[SourcePart], ledger: Mapping[str,
 class BlendedSamples:
     """The samples of a run in their global order, from where it starts.
 
-    Sample ``i`` is a dict of ``tokens``, ``labels``, ``position_ids`` ``[s]`` int64 and
-    ``loss_mask`` ``[s]`` float32, and ``source``, the number of its source.
+    Sample ``i`` is a dict of ``tokens``, ``labels``, ``position_ids`` ``[s]`` int64, ``loss_mask``
+    ``[s]`` float32, ``source``, the number of its source, and with
+    ``reset_at_document_boundaries`` ``document_start`` ``[s]`` bool.
     """
 
     def __init__(
@@ -188,19 +263,32 @@ class BlendedSamples:
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         source, number = self.locate(index)
-        text = torch.from_numpy(self._reader.read(source, number))
-        tokens, labels = text[:-1], text[1:]
-        ends = tokens == self._options.eod
+        sample = self._reader.read(source, number)
+        tokens, labels = torch.from_numpy(sample.tokens), torch.from_numpy(sample.labels)
         mask = torch.ones(len(tokens))
+        mask[sample.filled :] = 0.0
+        if sample.counted is not None:
+            mask[: sample.filled] = torch.from_numpy(sample.counted).float()
         if self._options.eod_mask_loss:
-            mask[ends] = 0.0
+            mask[tokens == self._options.eod] = 0.0
         return {
             "tokens": tokens,
             "labels": labels,
             "loss_mask": mask,
-            "position_ids": self._position_ids(ends),
+            "position_ids": self._positions,
             "source": torch.tensor(source),
+            **self._boundaries(source, number),
         }
+
+    def boundaries(self, index: int) -> dict[str, torch.Tensor]:
+        """Of sample ``index`` only where documents begin, if samples say so: for the stages of a
+        pipeline that need no tokens."""
+        return self._boundaries(*self.locate(index))
+
+    def _boundaries(self, source: int, number: int) -> dict[str, torch.Tensor]:
+        if not self._options.reset_at_document_boundaries:
+            return {}
+        return {"document_start": torch.from_numpy(self._reader.document_start(source, number))}
 
     def locate(self, index: int) -> tuple[int, int]:
         """The source of a sample, and its number in the source's order over all epochs."""
@@ -254,11 +342,3 @@ class BlendedSamples:
         """What the run will read of each source, for a person."""
         parts, length = self._reader.parts, self._options.sequence_length
         return summarise(parts, self._plan, self._start, self._length, length)
-
-    def _position_ids(self, ends: torch.Tensor) -> torch.Tensor:
-        """Positions ``[s]``, from 0 again after each end of a document if so wished."""
-        if not self._options.reset_position_ids:
-            return self._positions
-        starts = torch.zeros_like(self._positions)
-        starts[1:][ends[:-1]] = self._positions[1:][ends[:-1]]
-        return self._positions - starts.cummax(0).values

@@ -3,13 +3,14 @@
 The samples of a run have one global order. A step takes the next ``global_batch_size`` of them,
 whatever the number of ranks and the micro-batch size; within a step, micro-batch ``m`` of rank
 ``r`` takes ``micro_batch_size`` samples from ``(m * data_parallel_size + r) * micro_batch_size``
-on. So the only state is how many samples are behind us.
+on. So the only state is how many samples are behind us. Where several ranks share a sequence they
+take the same samples, and each a piece of them.
 """
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,17 +19,80 @@ from samba_megatron.platform.errors import UserError
 
 Batch = dict[str, Tensor | None]
 """``tokens``, ``labels``, ``position_ids`` ``[b, s]`` int64, ``loss_mask`` ``[b, s]`` float32,
-``attention_mask`` None (the kernels mask)."""
+``attention_mask`` None (the kernels mask). Where documents stay apart, also ``document_start``
+``[b, s]`` bool, True at the first token of a document, or of what the sample has of it. A stage of
+a pipeline that reads no tokens has that only.
 
-_FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+Of a sequence that several ranks share, a rank's batch has its own piece; but ``document_start`` is
+that of the whole sequence."""
+
+_BY_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
+_FIELDS = (*_BY_TOKEN, "document_start")
+
+
+class Piece(NamedTuple):
+    """What of each sequence a rank has: one of so many equal pieces, in their order."""
+
+    number: int = 0
+    of: int = 1
+
+    def cut(self, batch: "Batch") -> "Batch":
+        """This piece of a whole batch; copies, so that the rest need not be kept.
+
+        Raises:
+            UserError: the sequence does not make equal pieces.
+        """
+        if self.of == 1:
+            return batch
+        cut = dict(batch)
+        for name in _BY_TOKEN:
+            tensor = batch.get(name)
+            if tensor is None:
+                continue
+            length, rest = divmod(tensor.shape[1], self.of)
+            if rest:
+                raise UserError(f"a sequence of {tensor.shape[1]} makes no {self.of} equal pieces")
+            cut[name] = tensor[:, self.number * length : (self.number + 1) * length].clone()
+        return cut
+
+
+WHOLE = Piece()
+"""Where no sequence is shared."""
 
 
 class SampleDataset(Protocol):
-    """Numbered samples, each with ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [s]."""
+    """Numbered samples, each with some of a batch's fields, [s]."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Mapping[str, Tensor]: ...
+
+
+class HasBoundaries(Protocol):
+    """Samples that can say where documents begin without being read."""
+
+    def __len__(self) -> int: ...
+
+    def boundaries(self, index: int, /) -> Mapping[str, Tensor]:
+        """``document_start`` [s] of a sample."""
+        ...
+
+
+class BoundariesOnly:
+    """Of each sample only where documents begin: what a stage between the first and the last reads.
+
+    Args:
+        dataset: the samples.
+    """
+
+    def __init__(self, dataset: HasBoundaries) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]:
+        return self._dataset.boundaries(index)
 
 
 class SampleStream:
@@ -47,6 +111,7 @@ class SampleStream:
         consumed_samples: int = 0,
         read_ahead: int = 1,
         pin_memory: bool = False,
+        piece: Piece = WHOLE,
     ) -> None:
         """Starts at ``consumed_samples``.
 
@@ -59,6 +124,7 @@ class SampleStream:
             read_ahead: micro-batches read in the background before they are asked for (by one
                 thread, across the borders of steps); 0 reads when asked.
             pin_memory: put batches in page-locked memory, for asynchronous copies to a GPU.
+            piece: what of each sequence this rank has.
         """
         self._dataset = dataset
         self._micro_batch_size = micro_batch_size
@@ -67,6 +133,7 @@ class SampleStream:
         self._consumed = consumed_samples
         self._read_ahead = read_ahead
         self._pin_memory = pin_memory
+        self._piece = piece
         self._pool = ThreadPoolExecutor(1, "sample-stream") if read_ahead else None
         self._ahead: deque[tuple[int, Future[Batch]]] = deque()
 
@@ -128,7 +195,7 @@ class SampleStream:
     def _read(self, position: int) -> Batch:
         first = position + self._rank * self._micro_batch_size
         samples = [self._dataset[first + offset] for offset in range(self._micro_batch_size)]
-        batch = collate(samples)
+        batch = self._piece.cut(collate(samples))
         if not self._pin_memory:
             return batch
         return {
@@ -137,14 +204,19 @@ class SampleStream:
 
 
 def collate(samples: Sequence[Mapping[str, Tensor]]) -> Batch:
-    """Stacks samples ``[s]`` into a micro-batch ``[b, s]``."""
-    batch: Batch = {name: torch.stack([sample[name] for sample in samples]) for name in _FIELDS}
+    """Stacks samples ``[s]`` into a micro-batch ``[b, s]`` of what they have."""
+    fields = [name for name in _FIELDS if name in samples[0]]
+    batch: Batch = {name: torch.stack([sample[name] for sample in samples]) for name in fields}
     batch["attention_mask"] = None
     return batch
 
 
 def evaluation_batches(
-    dataset: SampleDataset, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
+    dataset: SampleDataset,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    piece: Piece = WHOLE,
 ) -> Iterator[Batch]:
     """Every sample of ``dataset`` once over all ranks, in equally many micro-batches on each.
 
@@ -159,4 +231,4 @@ def evaluation_batches(
         loss_mask = batch["loss_mask"]
         assert loss_mask is not None
         loss_mask[torch.tensor([number >= total for number in numbers])] = 0.0
-        yield batch
+        yield piece.cut(batch)

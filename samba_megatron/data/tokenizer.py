@@ -212,7 +212,11 @@ def _named_eos(folder: Path) -> str | None:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, output: Path, show_progress: bool = True
+    texts: Iterable[str],
+    vocab_size: int,
+    output: Path,
+    show_progress: bool = True,
+    split_digits: bool = False,
 ) -> Tokenizer:
     """Trains a byte-level BPE (GPT-2's splitting, every text encodable) and saves its folder.
 
@@ -221,6 +225,7 @@ def train_tokenizer(
         vocab_size: size of the vocabulary, the 256 bytes and the special tokens included.
         output: folder to write ``tokenizer.json`` and ``tokenizer_config.json`` to.
         show_progress: draw progress bars on a terminal while merging.
+        split_digits: every digit is a token of its own, as in Llama's tokenizers.
 
     Returns:
         The tokenizer, smaller than ``vocab_size`` if the texts have too few repeated pairs.
@@ -237,7 +242,12 @@ def train_tokenizer(
             f"need {_SMALLEST_VOCABULARY}"
         )
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = split
+    if split_digits:
+        # Only while learning: where no two digits ever stood together, none are merged later.
+        alone = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([alone, split])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -246,6 +256,7 @@ def train_tokenizer(
         show_progress=show_progress,
     )
     backend.train_from_iterator(_not_nothing(texts), trainer=trainer)
+    backend.pre_tokenizer = split
     _save(backend, output)
     return load_tokenizer(output)
 

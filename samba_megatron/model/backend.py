@@ -51,16 +51,27 @@ def choose_implementation(
     return wanted
 
 
-def build_backend(implementation: Implementation) -> Backend:
-    """The backend's modules; imports what it needs."""
+def build_backend(implementation: Implementation, context_parallel: bool = False) -> Backend:
+    """The backend's modules; imports what it needs.
+
+    Args:
+        implementation: as :func:`choose_implementation` resolved it.
+        context_parallel: whether several ranks share a sequence: then attention is this project's
+            (Transformer Engine would cut it into pieces in its own order).
+    """
     from megatron.core.transformer.identity_op import IdentityOp
+
+    from samba_megatron.model.layers.attention_modules import LocalCoreAttention
 
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import (
-            TEDotProductAttention,
             TELayerNormColumnParallelLinear,
             TENorm,
             TERowParallelLinear,
+        )
+
+        from samba_megatron.model.layers.transformer_engine_attention import (
+            TransformerEngineCoreAttention,
         )
 
         return Backend(
@@ -69,11 +80,12 @@ def build_backend(implementation: Implementation) -> Backend:
             row_linear=TERowParallelLinear,
             layer_norm=IdentityOp,
             final_norm=TENorm,
-            core_attention=TEDotProductAttention,
+            core_attention=LocalCoreAttention
+            if context_parallel
+            else TransformerEngineCoreAttention,
         )
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    from samba_megatron.model.layers.attention_modules import LocalCoreAttention
     from samba_megatron.model.layers.norm import RMSNorm
 
     return Backend(

@@ -4,10 +4,13 @@ from typing import Any
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from torch import Tensor
 
 from samba_megatron.config.pattern import layer_symbols
 from samba_megatron.model.backend import Backend
 from samba_megatron.model.layers import KINDS
+from samba_megatron.model.rotary import ShardedRotaryEmbedding
+from samba_megatron.model.sequence import sequence_params
 from samba_megatron.model.transformer_config import SambaTransformerConfig
 
 
@@ -41,6 +44,24 @@ class SambaModel(HybridModel):
     """megatron's hybrid language model; knows the letters of all its layers."""
 
     config: SambaTransformerConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.position_embedding_type == "rope":
+            self.rotary_pos_emb = ShardedRotaryEmbedding(
+                self.config.kv_channels,
+                rotary_percent=1.0,
+                rotary_base=self.config.model.rotary_base,
+                use_cpu_initialization=self.config.use_cpu_initialization,
+                cp_group=self.pg_collection.cp,
+            )
+
+    def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Tensor:
+        """As megatron's; a piece of a sequence is turned by its positions in the whole one."""
+        if self.position_embedding_type == "rope":
+            past = sequence_params(packed_seq_params).past
+            self.rotary_pos_emb.start = past.start if past is not None else 0
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
     @property
     def layer_symbols(self) -> str:

@@ -4,8 +4,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from samba_megatron.config import ModelConfig, RunConfig
-from samba_megatron.config.pattern import describe_layers, layer_symbols, to_megatron
+from samba_megatron.config import ModelConfig, ParallelConfig, RunConfig
+from samba_megatron.config.pattern import (
+    describe_layers,
+    layer_symbols,
+    split_stages,
+    to_megatron,
+)
 from samba_megatron.model.layers import KINDS
 
 if TYPE_CHECKING:
@@ -44,18 +49,47 @@ class FlopsPerToken:
         return self.model + self.recomputed
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> FlopsPerToken:
+def flops_per_token(
+    model: ModelConfig, sequence_length: int, parallel: ParallelConfig | None = None
+) -> FlopsPerToken:
     """Sums the layers and the head; attention counts the keys inside its window only.
 
     Args:
         model: sizes.
         sequence_length: tokens of a sequence; only attention depends on it.
+        parallel: says what is recomputed; nothing where not given.
     """
     counts = Counter(layer_symbols(model.hybrid_layer_pattern))
     layers = sum(
         n * KINDS[symbol].flops_per_token(model, sequence_length) for symbol, n in counts.items()
     )
-    return FlopsPerToken(forward=layers + 2 * model.hidden_size * model.vocab_size)
+    again = _recomputed_flops(model, sequence_length, parallel) if parallel else 0.0
+    return FlopsPerToken(layers + 2 * model.hidden_size * model.vocab_size, again)
+
+
+RECOMPUTED_KINDS = {"mamba": "M", "attention": "*F", "mlp": "-"}
+"""The layers of each name in ``parallel.recompute_modules``."""
+
+
+def _recomputed_flops(model: ModelConfig, sequence_length: int, parallel: ParallelConfig) -> float:
+    """A token's forward operations that the backward pass does again."""
+    if parallel.recompute_granularity is None:
+        return 0.0
+    if parallel.recompute_granularity == "selective":
+        again = "".join(RECOMPUTED_KINDS[name] for name in parallel.recompute_modules)
+        layers = [s for s in layer_symbols(model.hybrid_layer_pattern) if s in again]
+        return sum(KINDS[s].recomputed_flops_per_token(model, sequence_length) for s in layers)
+    stages = split_stages(
+        model.hybrid_layer_pattern,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+    )
+    first = parallel.recompute_num_layers if parallel.recompute_method == "block" else None
+    return sum(
+        KINDS[symbol].flops_per_token(model, sequence_length)
+        for stage in stages
+        for symbol in stage[:first]
+    )
 
 
 def build_model(
@@ -104,7 +138,8 @@ def _build_chunk(
     from samba_megatron.model.transformer_config import build_transformer_config
     from samba_megatron.platform import distributed
 
-    model, backend = config.model, build_backend(implementation)
+    model = config.model
+    backend = build_backend(implementation, config.parallel.context_parallel_size > 1)
     chunk = SambaModel(
         build_transformer_config(config, implementation),
         hybrid_stack_spec=ModuleSpec(

@@ -28,6 +28,12 @@ class SambaTransformerConfig(TransformerConfig):
     recompute_mamba: bool = False
     """Compute the Mamba mixers' inner part again in the backward pass."""
 
+    sequence_pieces: int = 1
+    """Pieces that a sequence goes through the model in."""
+
+    sequence_piece_gradients: str = "exact"
+    """Whether gradients flow from piece to piece: ``exact``, or ``truncated``."""
+
 
 def params_dtype(config: RunConfig) -> torch.dtype:
     """Dtype of parameters and activations (``auto``: bf16 on a GPU, fp32 on a CPU)."""
@@ -109,6 +115,7 @@ def _parallelism(config: RunConfig) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
+        "context_parallel_size": parallel.context_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         # The loss is summed over tokens and divided once by their number over the whole batch,
@@ -116,6 +123,8 @@ def _parallelism(config: RunConfig) -> dict[str, Any]:
         "calculate_per_token_loss": True,
         # The interleaved schedule without overlapped p2p is silently wrong over gloo.
         "overlap_p2p_comm": interleaved,
+        "sequence_pieces": parallel.sequence_pieces,
+        "sequence_piece_gradients": parallel.sequence_piece_gradients,
         "batch_p2p_comm": not interleaved,
         "deallocate_pipeline_outputs": True,
     }
@@ -140,15 +149,17 @@ def _recomputation(config: RunConfig) -> dict[str, Any]:
 
 
 def _fusions(config: RunConfig, implementation: Implementation) -> dict[str, Any]:
-    on_gpu = distributed.device_type() == "cuda"
     with_te = implementation == "transformer_engine"
     cross_entropy = config.kernels.cross_entropy
     fused_loss = with_te if cross_entropy == "auto" else cross_entropy == "transformer_engine"
     return {
-        "bias_activation_fusion": on_gpu,
+        # The name is megatron's for an activation that is a module of its own: ours.
+        "use_te_activation_func": True,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
+        # megatron's own linears would need Apex for it; Transformer Engine's are told by
+        # training.data_parallel.
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": with_te,
         "cross_entropy_loss_fusion": fused_loss,

@@ -3,10 +3,12 @@
 from samba_megatron.ops.causal_conv1d.dispatch import CAUSAL_CONV1D
 from samba_megatron.ops.registry import BackendDescription, Operation
 from samba_megatron.ops.selective_scan.dispatch import SELECTIVE_SCAN
+from samba_megatron.ops.swiglu.dispatch import SWIGLU
 from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
 
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation for operation in (SELECTIVE_SCAN, CAUSAL_CONV1D, WINDOWED_ATTENTION)
+    operation.name: operation
+    for operation in (SELECTIVE_SCAN, CAUSAL_CONV1D, WINDOWED_ATTENTION, SWIGLU)
 }
 """Every operation by its name."""
 

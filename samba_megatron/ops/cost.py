@@ -50,3 +50,27 @@ def attention_bytes(
 ) -> int:
     """Memory traffic of attention: q, k, v and the output."""
     return 2 * tokens * (heads + kv_heads) * head_dim * element_size
+
+
+def halo_bytes(ranks: int, length: int, count: int, numbers: int, element_size: int) -> int:
+    """The most that a rank sends where each asks for the ``count`` positions before its own.
+
+    The first rank's, which all others may ask; backward, the gradients of as many come back.
+
+    Args:
+        ranks: that share a sequence.
+        length: positions of each rank.
+        count: positions wanted: a convolution's width - 1, a window - 1.
+        numbers: of a position, all sequences of the batch together.
+        element_size: bytes of a number.
+    """
+    return min(count, length * (ranks - 1)) * numbers * element_size
+
+
+def carry_bytes(ranks: int, batch: int, d_inner: int, d_state: int) -> int:
+    """The most that a rank sends for the state of a scan over ``ranks``, in either direction.
+
+    Decay and state in fp32 each round, but the last only the state.
+    """
+    rounds = 0 if ranks == 1 else 1 + (ranks - 2).bit_length()
+    return max(2 * rounds - 1, 0) * batch * d_inner * d_state * 4

@@ -1,18 +1,18 @@
 """Memory of a run's fullest device, before anything is started; neither torch nor megatron is read.
 
 The sum over the layers of what each keeps (:meth:`LayerKind.saved_activations`), as pipeline,
-tensor and sequence parallelism, recomputation and FP8 change it, with weights, gradients and
-optimizer.
-Measured steps of 421M and 1.3B on one H200 are met within 3 % (``docs/performance.md``).
+tensor, context and sequence parallelism, recomputation and FP8 change it, with weights, gradients
+and optimizer. Weights, gradients and optimizer are exact but for the padding of megatron's buffers
+(a few hundred numbers a bucket); ``docs/planning.md`` has the errors of the rest, as measured.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
-from samba_megatron.config import RunConfig
-from samba_megatron.config.pattern import split_stages
+from samba_megatron.config import ParallelConfig, RunConfig
 from samba_megatron.model.layers import KINDS
-
-_RECOMPUTE_NAMES = {"M": "mamba", "*": "attention", "F": "attention", "-": "mlp"}
+from samba_megatron.model.samba import RECOMPUTED_KINDS, count_parameters
+from samba_megatron.planning.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class MemoryEstimate:
     """What the layers keep for the backward pass, of all micro-batches under way."""
     head: int
     """Logits and their loss; zero but on the last stage."""
+    activations_by_kind: dict[str, int] = field(default_factory=dict)
+    """``activations`` by kind of layer, and ``recomputing``: the layers computed again at once."""
 
     @property
     def total_bytes(self) -> int:
@@ -53,109 +55,137 @@ def estimate(config: RunConfig, world_size: int) -> MemoryEstimate:
         config: a configuration whose layout fits ``world_size``.
         world_size: devices of the whole run.
     """
-    pipeline = config.parallel.pipeline_model_parallel_size
-    stages = [_stage(config, world_size, stage) for stage in range(pipeline)]
+    layout = Layout(config, world_size)
+    stages = [stage_memory(layout, stage) for stage in range(layout.pipeline)]
     return max(stages, key=lambda stage: stage.total_bytes)
 
 
-def _stage(config: RunConfig, world_size: int, stage: int) -> MemoryEstimate:
-    model, parallel, precision = config.model, config.parallel, config.precision
-    pipeline = parallel.pipeline_model_parallel_size
-    chunks = split_stages(
-        model.hybrid_layer_pattern, pipeline, parallel.virtual_pipeline_model_parallel_size
-    )[stage::pipeline]
-    first, last = stage == 0, stage == pipeline - 1
-    element = 4 if precision.params_dtype == "fp32" else 2
-    tensor = parallel.tensor_model_parallel_size
-    layers = sum(KINDS[symbol].parameters(model) for chunk in chunks for symbol in chunk) // tensor
-    tied = model.share_embeddings_and_output_weights
-    ends = 2 if first and last and not tied else int(first or last)
-    parameters = layers + ends * model.vocab_size * model.hidden_size // tensor
+def stage_memory(layout: Layout, stage: int) -> MemoryEstimate:
+    """What a device of one pipeline stage holds at its peak."""
+    precision, element = layout.config.precision, layout.element
+    parameters = layout.parameters(stage)
+    # In a bf16 model these need no copy in fp32, and their gradients are fp32 in any case.
+    fp32 = layout.fp32_parameters(stage) if element == 2 else parameters
+    in_bf16 = parameters - fp32
     # FP8 linears keep their weight as it is and transposed, a byte each.
-    copies = 2 * layers if precision.fp8 else 0
-    in_fp32 = element == 4 or precision.accumulate_allreduce_grads_in_fp32
-    data_parallel = max(world_size // (tensor * pipeline), 1)
+    copies = 2 * layout.layer_parameters(stage) if precision.fp8 else 0
+    gradient = 4 if precision.accumulate_allreduce_grads_in_fp32 else 2
+    by_kind = _activations(layout, stage)
+    head = _head(layout) if stage == layout.pipeline - 1 else 0
     return MemoryEstimate(
         stage=stage,
-        weights=element * parameters + copies,
-        gradients=(4 if in_fp32 else 2) * parameters,
-        optimizer=(8 if element == 4 else 12) * parameters // data_parallel,
-        activations=_activations(config, world_size, chunks, stage, element),
-        head=_head(config, element) if last else 0,
+        weights=2 * in_bf16 + 4 * fp32 + copies,
+        gradients=gradient * in_bf16 + 4 * fp32,
+        optimizer=(12 * in_bf16 + 8 * fp32) // layout.optimizer_ranks,
+        activations=sum(by_kind.values()),
+        # Recomputation begins when the logits are gone.
+        head=max(head - by_kind.get("recomputing", 0), 0),
+        activations_by_kind=by_kind,
     )
 
 
-def _head(config: RunConfig, element: int) -> int:
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of one checkpoint: weights in their type, and main copies and moments in fp32."""
+    per_parameter = 16 if config.precision.params_dtype == "fp32" else 14
+    return per_parameter * count_parameters(config.model)
+
+
+def _head(layout: Layout) -> int:
     """Logits of one micro-batch, and their softmax in fp32."""
-    tokens = config.training.micro_batch_size * config.data.sequence_length
-    vocabulary = config.model.vocab_size // config.parallel.tensor_model_parallel_size
-    return tokens * vocabulary * (element + 4)
+    return layout.tokens * layout.config.model.vocab_size // layout.tensor * (layout.element + 4)
 
 
-def _activations(
-    config: RunConfig, world_size: int, chunks: list[str], stage: int, element: int
-) -> int:
-    tokens = config.training.micro_batch_size * config.data.sequence_length
-    under_way = _micro_batches_under_way(config, world_size, stage)
-    average = sum(_chunk_bytes(config, chunk, element) for chunk in chunks) / len(chunks)
-    return int(tokens * (average * under_way + _working_bytes(config, chunks, element)))
+def _activations(layout: Layout, stage: int) -> dict[str, int]:
+    """Bytes by kind of layer."""
+    chunks, tokens = layout.chunks(stage), layout.tokens
+    passes = _micro_batches_under_way(layout, stage) / len(chunks)
+    kept: dict[str, float] = {}
+    for chunk in chunks:
+        for name, number in _chunk_bytes(layout, chunk).items():
+            kept[name] = kept.get(name, 0.0) + number
+    by_kind = {name: int(tokens * passes * number) for name, number in kept.items()}
+    if again := _working_bytes(layout, chunks):
+        by_kind["recomputing"] = int(tokens * again)
+    if carried := _carried_bytes(layout, "".join(chunks)):
+        by_kind["between pieces"] = carried
+    return by_kind
 
 
-def _micro_batches_under_way(config: RunConfig, world_size: int, stage: int) -> int:
+def _carried_bytes(layout: Layout, symbols: str) -> int:
+    """What the pieces of a sequence leave to the next ones, and what a piece joins it with."""
+    if layout.pieces == 1:
+        return 0
+    config, model = layout.config, layout.config.model
+    keys = 2 * model.kv_heads * model.head_dim * layout.element
+    states = model.d_inner * model.d_state * 4
+    total = 0
+    for symbol in symbols:
+        whole = config.data.sequence_length
+        window = keys * min((model.window_size or whole) - 1, whole)
+        # Without a window each piece leaves all keys so far: half of them on average.
+        left = {"*": window, "F": keys * whole // 2, "M": states}.get(symbol, 0)
+        joined = {"*": keys, "F": keys, "M": model.d_inner * layout.element}.get(symbol, 0)
+        left *= config.training.micro_batch_size * (layout.pieces if layout.has_first_pass else 1)
+        total += left + joined * layout.tokens
+    return total // layout.tensor
+
+
+def _micro_batches_under_way(layout: Layout, stage: int) -> int:
     """Chunk passes whose backward pass has not come when a stage is fullest (1F1B, interleaved)."""
-    parallel, training = config.parallel, config.training
-    pipeline = parallel.pipeline_model_parallel_size
-    virtual = parallel.virtual_pipeline_model_parallel_size
-    model_parallel = pipeline * parallel.tensor_model_parallel_size
-    data_parallel = max(world_size // model_parallel, 1)
-    number = max(training.global_batch_size // (training.micro_batch_size * data_parallel), 1)
-    if virtual is None:
+    pipeline, virtual, number = layout.pipeline, layout.virtual, layout.micro_batches
+    if virtual == 1:
         return min(pipeline - stage, number)
     return min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, number * virtual)
 
 
-def _chunk_bytes(config: RunConfig, chunk: str, element: int) -> float:
-    """Bytes a token that one pass through a chunk keeps."""
-    parallel = config.parallel
+def _chunk_bytes(layout: Layout, chunk: str) -> dict[str, float]:
+    """Bytes a token that one pass through a chunk keeps, by kind of layer."""
+    parallel = layout.config.parallel
     if parallel.recompute_granularity != "full":
-        return sum(_layer_bytes(config, symbol, element) for symbol in chunk)
-    kept = config.model.hidden_size * element / _sequence_split(config)
+        return _sum_by_kind(layout, chunk)
+    kept = layout.config.model.hidden_size * layout.element / layout.sequence_split
     number = parallel.recompute_num_layers
     if parallel.recompute_method == "uniform":
-        return kept * -(-len(chunk) // number)
-    rest = sum(_layer_bytes(config, symbol, element) for symbol in chunk[number:])
-    return kept * min(number, len(chunk)) + rest
+        return {"layer inputs": kept * -(-len(chunk) // number)}
+    inputs = {"layer inputs": kept * min(number, len(chunk))}
+    return inputs | _sum_by_kind(layout, chunk[number:])
 
 
-def _working_bytes(config: RunConfig, chunks: list[str], element: int) -> float:
+def _sum_by_kind(layout: Layout, symbols: str) -> dict[str, float]:
+    return {
+        KINDS[symbol].name: count * layer_bytes(layout, symbol)
+        for symbol, count in Counter(symbols).items()
+    }
+
+
+def _working_bytes(layout: Layout, chunks: list[str]) -> float:
     """Bytes a token of the layers that are being computed again, once more in full."""
-    parallel = config.parallel
+    parallel = layout.config.parallel
     if parallel.recompute_granularity != "full":
         return 0.0
     at_once = parallel.recompute_num_layers if parallel.recompute_method == "uniform" else 1
     return max(
-        sum(_layer_bytes(config, symbol, element) for symbol in chunk[start : start + at_once])
+        sum(layer_bytes(layout, symbol) for symbol in chunk[start : start + at_once])
         for chunk in chunks
         for start in range(0, len(chunk), at_once)
     )
 
 
-def _layer_bytes(config: RunConfig, symbol: str, element: int) -> float:
-    """Bytes a token that one layer keeps."""
-    parallel = config.parallel
-    saved = KINDS[symbol].saved_activations(config.model)
-    selective = parallel.recompute_granularity == "selective"
-    again = selective and _RECOMPUTE_NAMES[symbol] in parallel.recompute_modules
-    inner = saved.inner - (saved.recomputable if again else 0)
-    operand = 1 if config.precision.fp8 else element
+def recomputes(parallel: ParallelConfig, symbol: str) -> bool:
+    """Whether selective recomputation is asked for of this kind of layer."""
+    if parallel.recompute_granularity != "selective":
+        return False
+    return any(symbol in RECOMPUTED_KINDS[name] for name in parallel.recompute_modules)
+
+
+def layer_bytes(layout: Layout, symbol: str) -> float:
+    """Bytes a token that one layer keeps for its backward pass, on one device."""
+    parallel, element = layout.config.parallel, layout.element
+    saved = KINDS[symbol].saved_activations(layout.config.model)
+    inner = saved.inner - (saved.recomputable if recomputes(parallel, symbol) else 0)
+    operand = 1 if layout.config.precision.fp8 else element
     stream = saved.stream * element + saved.stream_operands * operand
-    tensor = parallel.tensor_model_parallel_size
     return (
-        stream / _sequence_split(config)
-        + (inner * element + saved.inner_operands * operand) / tensor
+        stream / layout.sequence_split
+        + (inner * element + saved.inner_operands * operand) / layout.tensor
     )
-
-
-def _sequence_split(config: RunConfig) -> int:
-    parallel = config.parallel
-    return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1

@@ -126,6 +126,7 @@ def _initialize_megatron_groups(parallel: "ParallelConfig") -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=int(parallel.distributed_timeout_minutes),
         create_gloo_process_groups=device_type() == "cuda",

@@ -1,36 +1,20 @@
-"""What people see while a run goes on: a live line on a terminal, plain lines elsewhere.
+"""What people see while a run goes on: a live panel on a terminal, plain lines elsewhere.
 
 The plain lines also go to ``log.txt`` in the run folder, whatever the terminal shows.
 """
 
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-
-def format_count(number: float) -> str:
-    """1234567 → ``1.23M``; K, M, B, T."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
-
-
-def format_duration(seconds: float) -> str:
-    """3725 → ``1h02m``; 62 → ``1m02s``; with days where there are some."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"
+from samba_megatron.tracking.numbers import format_count, format_duration
+from samba_megatron.tracking.panel import Panel, RunState
 
 
 class RunConsole:
@@ -45,9 +29,10 @@ class RunConsole:
     def __init__(
         self, run_dir: Path, speaks: bool, progress: Literal["auto", "live", "plain"] = "auto"
     ) -> None:
-        self._speaks = speaks
+        self._speaks, self._name = speaks, run_dir.name
         self._log: IO[str] | None = None
-        self._live: Progress | None = None
+        self._state = RunState()
+        self._panel: Panel | None = None
         self._console = Console(soft_wrap=True, highlight=False)
         if speaks:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -60,14 +45,13 @@ class RunConsole:
         """One line, to the terminal and the log."""
         self._to_log(text)
         if self._speaks:
-            (self._live.console if self._live else self._console).print(text, markup=False)
+            self._console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
         """A line that must not be overlooked."""
         self._to_log(f"WARNING: {text}")
         if self._speaks:
-            console = self._live.console if self._live else self._console
-            console.print(f"WARNING: {text}", style="bold yellow", markup=False)
+            self._console.print(f"WARNING: {text}", style="bold yellow", markup=False)
 
     def facts(self, title: str, rows: list[tuple[str, str]]) -> None:
         """A small table of what a run is."""
@@ -81,32 +65,48 @@ class RunConsole:
 
     def start(self, first_step: int, steps: int) -> None:
         """Training begins."""
+        if self._use_live:
+            self._state.steps = self._state.steps or steps
+            self._panel = Panel(self._console, self._state, self._name)
+            self._on_panel(Panel.start)
+
+    def hear(self, record: dict[str, Any]) -> None:
+        """A record was written to ``metrics.jsonl``: the panel shows what it says."""
         if not self._use_live:
             return
-        self._live = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[line]}"),
-            TimeElapsedColumn(),
-            console=self._console,
-        )
-        self._task = self._live.add_task("train", total=steps, completed=first_step, line="")
-        self._live.start()
+        try:
+            self._state.hear(record)
+        except Exception as error:
+            self._give_up_panel(error)
+        self._on_panel(Panel.draw)
 
     def step(self, record: dict[str, Any], steps: int, eta_seconds: float) -> None:
         """A training step is done."""
         line = _line(record, eta_seconds)
         self._to_log(f"step {record['step']}/{steps} {line}")
-        if self._live:
-            self._live.update(self._task, completed=record["step"], line=line)
-        elif self._speaks:
+        if self._panel is None and self._speaks:
             self._console.print(f"step {record['step']}/{steps} {line}", markup=False)
 
     def stop(self) -> None:
-        """Training ends: the live line stays as it is."""
-        if self._live:
-            self._live.stop()
-            self._live = None
+        """Training ends: the panel stays on the screen as it is."""
+        self._on_panel(Panel.stop)
+        self._panel = None
+
+    def _on_panel(self, act: Callable[[Panel], None]) -> None:
+        """Whatever goes wrong in the panel ends the panel, not the run."""
+        if self._panel is None:
+            return
+        try:
+            act(self._panel)
+        except Exception as error:
+            self._give_up_panel(error)
+
+    def _give_up_panel(self, error: Exception) -> None:
+        panel, self._panel, self._use_live = self._panel, None, False
+        if panel is not None:
+            with suppress(Exception):
+                panel.abandon()
+        self.warn(f"the live panel failed ({type(error).__name__}: {error}): plain lines follow")
 
     def _to_log(self, text: str) -> None:
         if self._log:

@@ -1,15 +1,17 @@
 """``metrics.jsonl``: one JSON object a line, written before anything else hears of it.
 
-Kinds: ``start`` (layout, kernels, sizes), ``train`` (one a step), ``validation`` (one a context
-length), ``checkpoint`` (one a published save), ``skipped`` (a step not taken), ``rollback`` (to an
-older checkpoint), ``end`` (reason and exit code). A resumed run appends; steps that a killed run
-had done after its last checkpoint appear again: readers take the last line of a step
+Kinds: ``start`` (layout, kernels, sizes), ``train`` (one a step), ``layers`` (norms, on request),
+``stragglers`` (ranks slower than their peers), ``validation`` (one a context length),
+``checkpoint`` (one a published save), ``skipped`` (a step not taken), ``rollback`` (to an older
+checkpoint), ``end`` (reason and exit code). A resumed run appends; steps that a killed run had done
+after its last checkpoint appear again: readers take the last line of a step
 (:func:`read_metrics` does).
 """
 
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,17 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends to a run's metrics file; a line is on its way to the disk when the call returns."""
+    """Appends to a run's metrics file; a line is on its way to the disk when the call returns.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        run_dir: the run's folder; made when missing.
+        listener: hears of each record once it is written.
+    """
+
+    def __init__(
+        self, run_dir: Path, listener: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        self._listener = listener
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / FILE_NAME
         half = json_lines.ends_in_half_a_line(self.path)
@@ -32,8 +42,11 @@ class MetricsFile:
     def write(self, kind: str, **values: Any) -> dict[str, Any]:
         """Appends one object and returns it; non-finite numbers become null (JSON has none)."""
         record = {"kind": kind, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        written = _finite(record)
+        self._file.write(json.dumps(written) + "\n")
         self._file.flush()
+        if self._listener is not None:
+            self._listener(written)
         return record
 
     def close(self) -> None:

@@ -16,6 +16,8 @@ _PARAMETERS = 90
 _LONGEST = 5_000
 """Characters of a parameter's value: MLflow takes 6,000."""
 
+_IDENTITY_TAG = "samba_megatron.identity"
+
 
 class MlflowSink:
     """One run of an MLflow experiment.
@@ -44,23 +46,37 @@ class MlflowSink:
         self._experiment, self._run_name = experiment, run_name
         self._run_id = ""
 
-    def open(self, state: dict[str, Any], tags: dict[str, str]) -> dict[str, Any]:
-        """Goes on with the run of ``state``, or makes one."""
+    def open(self, state: dict[str, Any], tags: dict[str, str], identity: str) -> dict[str, Any]:
+        """Goes on with the run of ``state``, else with the one of ``identity``, or makes one."""
         with _reporting():
             if not state:
-                experiment = self._client.get_experiment_by_name(self._experiment)
-                number = (
-                    experiment.experiment_id
-                    if experiment
-                    else self._client.create_experiment(self._experiment)
-                )
-                run = self._client.create_run(number, run_name=self._run_name)
-                state = {"experiment_id": number, "run_id": run.info.run_id}
+                number = self._experiment_id()
+                run_id = self._find(number, identity) or self._make(number, identity)
+                state = {"experiment_id": number, "run_id": run_id}
             self._run_id = str(state["run_id"])
             self._client.update_run(self._run_id, status="RUNNING")
             for name, value in tags.items():
                 self._client.set_tag(self._run_id, name, value)
         return state
+
+    def _experiment_id(self) -> str:
+        experiment = self._client.get_experiment_by_name(self._experiment)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        return str(self._client.create_experiment(self._experiment))
+
+    def _find(self, experiment_id: str, identity: str) -> str | None:
+        """A run that was made by a process that did not live to note it."""
+        wanted = f"tags.`{_IDENTITY_TAG}` = '{identity}'"
+        found = self._client.search_runs([experiment_id], wanted, max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+    def _make(self, experiment_id: str, identity: str) -> str:
+        """MLflow makes the run with its tag, or not at all."""
+        run = self._client.create_run(
+            experiment_id, tags={_IDENTITY_TAG: identity}, run_name=self._run_name
+        )
+        return str(run.info.run_id)
 
     def parameters(self, values: dict[str, Any]) -> None:
         """MLflow's parameters never change: what a resume changed is kept as a tag beside it."""

@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,13 +57,16 @@ class Shipper:
         run_dir: the run's folder.
         sink: where to.
         say: gets sentences for the log.
+        state_name: file in the run's folder that says how far it came; one for each service.
     """
 
-    def __init__(self, run_dir: Path, sink: Sink, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run_dir: Path, sink: Sink, say: Callable[[str], None], state_name: str = STATE_NAME
+    ) -> None:
         self._file = run_dir / FILE_NAME
-        self._state_path = run_dir / STATE_NAME
+        self._state_path = run_dir / state_name
         self._sink, self._say = sink, say
-        self._state: dict[str, Any] = {"offset": 0, "last": {}, "run": {}}
+        self._state: dict[str, Any] = {"offset": 0, "last": {}, "run": {}, "identity": ""}
         if self._state_path.exists():
             self._state |= json.loads(self._state_path.read_text())
         self._wait = 0.0
@@ -70,8 +74,16 @@ class Shipper:
         """The last record sent is the end of a job."""
 
     def open(self, tags: dict[str, str], until: Deadline) -> bool:
-        """Finds or makes the run at the sink; false when ``until`` came first."""
-        opened = self._persist(lambda: self._sink.open(self._state["run"], tags), until)
+        """Finds or makes the run at the sink; false when ``until`` came first.
+
+        The run's identity is on the disk before the service hears of it, so that one that was made
+        just before this process was killed is found again.
+        """
+        if not self._state["identity"]:
+            self._state["identity"] = uuid.uuid4().hex
+            self._save()
+        state, identity = self._state["run"], self._state["identity"]
+        opened = self._persist(lambda: self._sink.open(state, tags, identity), until)
         if opened is None:
             return False
         self._state["run"] = opened
@@ -167,7 +179,7 @@ def numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """The finite numbers of a record, nested ones by dotted name."""
     found: dict[str, float] = {}
     for name, value in record.items():
-        if name in ("kind", "time", "step", "sequence_length"):
+        if not prefix and name in ("kind", "time", "step", "sequence_length"):
             continue
         if isinstance(value, dict):
             found |= numbers(value, f"{prefix}{name}.")
@@ -247,8 +259,6 @@ def _run(arguments: argparse.Namespace) -> None:
     arguments.run.mkdir(parents=True, exist_ok=True)
     name = arguments.name or arguments.run.resolve().name
     sink = MlflowSink(arguments.tracking_uri, arguments.experiment, name)
-    shipper = Shipper(arguments.run, sink, _say)
-
     until = Patience(arguments.follow, arguments.patience)
     with _alone(arguments.run):
         shipper = Shipper(arguments.run, sink, _say)

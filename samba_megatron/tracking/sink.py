@@ -15,12 +15,15 @@ class Sink(Protocol):
     the same records twice without showing them twice.
     """
 
-    def open(self, state: dict[str, Any], tags: dict[str, str]) -> dict[str, Any]:
+    def open(self, state: dict[str, Any], tags: dict[str, str], identity: str) -> dict[str, Any]:
         """Finds or makes the run.
 
         Args:
-            state: what an earlier ``open`` returned; empty for a new run.
+            state: what an earlier ``open`` returned; empty for a new run, and for one whose process
+                was killed before it could note what the service had made.
             tags: what to say of the process that sends.
+            identity: the run's own, the same in every call and no other run's: where ``state`` is
+                empty, a run with it may be there already.
 
         Returns:
             What it takes to find the run again; JSON.

@@ -44,6 +44,18 @@ def wrap(
     return wrapped
 
 
+def fuse_gradient_accumulation(chunks: "Sequence[nn.Module]") -> None:
+    """Lets Transformer Engine's linears add to the gradient buffer within the matrix product.
+
+    megatron's switch of this name would hold for its own linears too (embedding and head), which
+    need Apex for it.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+
+
 def configure_schedule(chunks: "Sequence[Any]", optimizer: Any, parallel: ParallelConfig) -> None:
     """Tells the schedules when to synchronise gradients and how to finish them."""
     config = get_model_config(chunks[0])

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from samba_megatron.config import RunConfig
 from samba_megatron.data.held_out import held_out_blocks
 from samba_megatron.data.stream import Batch, SampleDataset, evaluation_batches
-from samba_megatron.training.step import mean_loss, needs_data, run_schedule
+from samba_megatron.training.step import mean_loss, needs_tokens, own_piece, run_schedule
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,11 @@ class Evaluator:
         for length in validation.sequence_lengths or [data.sequence_length]:
             blocks = max(validation.eval_tokens // length, 1)
             self._datasets[length] = held_out_blocks(
-                _prefixes(data.valid_data_path), length, blocks
+                _prefixes(data.valid_data_path),
+                length,
+                blocks,
+                data.reset_at_document_boundaries,
+                data.loss_masks,
             )
 
     @property
@@ -77,11 +81,12 @@ class Evaluator:
                 micro_batch_size,
                 parallel_state.get_data_parallel_rank(),
                 parallel_state.get_data_parallel_world_size(),
+                own_piece(),
             )
         )
         batches += _fill_up(batches, self._config)
-        if not needs_data():
-            batches = [None] * len(batches)
+        if not needs_tokens():
+            batches = [_boundaries(batch) for batch in batches]
         iterators = [iter(batches) for _ in chunks]
         reports = run_schedule(
             chunks, iterators, len(batches), length, micro_batch_size, forward_only=True
@@ -102,6 +107,12 @@ def _fill_up(batches: list[Batch | None], config: RunConfig) -> list[Batch | Non
     assert last is not None and last["loss_mask"] is not None
     nothing: Batch = {**last, "loss_mask": torch.zeros_like(last["loss_mask"])}
     return [nothing] * (-len(batches) % config.parallel.pipeline_model_parallel_size)
+
+
+def _boundaries(batch: Batch | None) -> Batch | None:
+    """What a stage between the first and the last needs of a batch: where documents begin."""
+    start = batch.get("document_start") if batch is not None else None
+    return None if start is None else {"document_start": start}
 
 
 def _prefixes(paths: Sequence[str]) -> list[str]:

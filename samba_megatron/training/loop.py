@@ -14,12 +14,22 @@ from samba_megatron.tracking.metrics import MetricsFile
 from samba_megatron.training.data_parallel import whole_parameters
 from samba_megatron.training.endings import RunLog
 from samba_megatron.training.evaluation import Evaluator
+from samba_megatron.training.layer_norms import LayerNorms
+from samba_megatron.training.profiling import StepProfiler
 from samba_megatron.training.report import Rates, start_record
 from samba_megatron.training.rollback import Recovery
 from samba_megatron.training.setup import Run
 from samba_megatron.training.signals import Stop, StopRequest
 from samba_megatron.training.spikes import SkippedStep, SpikeGuard, watch_grad_norm
-from samba_megatron.training.step import NonFiniteStep, Stopwatch, needs_data, train_step
+from samba_megatron.training.step import (
+    NonFiniteStep,
+    needs_data,
+    needs_tokens,
+    own_piece,
+    train_step,
+)
+from samba_megatron.training.stragglers import RankTimes
+from samba_megatron.training.timing import Stopwatch, attach_timers
 from samba_megatron.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -33,11 +43,17 @@ class Loop:
         self.run, self.stop, self.log, self.config = run, stop, log, run.config
         self.schedule: Any = run.state.scheduler
         self.chunks = run.state.model
-        self.metrics = MetricsFile(run.run_dir) if run.rank.rank == 0 else None
+        self.metrics = MetricsFile(run.run_dir, run.console.hear) if run.rank.rank == 0 else None
         self.shipper: shipping.Process | None = None
         self.watchdog = Watchdog(log, run.config, run.rank.rank)
         self.evaluator = Evaluator(run.config, run.valid_dataset)
         self.rates = Rates(run.config, run.rank.world_size)
+        self.profiler = StepProfiler(
+            run.config.logging, run.run_dir, run.rank.rank, run.console.warn
+        )
+        self.timers, self.rank_times = attach_timers(self.chunks), self._rank_times()
+        self.layer_norms = LayerNorms(self.chunks, run.config.logging.log_layer_norms_interval)
+        self.between, self.nodes, self.slow = Stopwatch(), list[str](), set[int]()
         self.stream = self._open_stream()
         self.guard = self.recovery = None
         if run.config.faults.skip_spikes:
@@ -50,19 +66,27 @@ class Loop:
         """How far the run has come."""
         return self.run.state.progress
 
+    def _rank_times(self) -> RankTimes:
+        from megatron.core import parallel_state
+
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        return RankTimes(self.config.logging.straggler_interval, stage)
+
     def _open_stream(self) -> "SampleStream":
         from megatron.core import parallel_state
 
-        from samba_megatron.data.stream import SampleStream
+        from samba_megatron.data.stream import BoundariesOnly, SampleStream
 
+        dataset = self.run.train_dataset
         return SampleStream(
-            self.run.train_dataset,
+            dataset if needs_tokens() else BoundariesOnly(dataset),
             self.config.training.micro_batch_size,
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             consumed_samples=self.progress.consumed_samples,
             read_ahead=self.config.data.num_workers,
             pin_memory=distributed.device_type() == "cuda",
+            piece=own_piece(),
         )
 
     def run_to_end(self) -> ExitCode:
@@ -77,10 +101,13 @@ class Loop:
         self.stop.begin(self.run.run_dir, self.run.rank.rank == 0, minutes)
         stop = self._stop()
         while stop is None:
+            number = self.progress.step + 1
+            self.profiler.before(number)
             try:
                 self._step()
             except NonFiniteStep as bad:
                 return self._end_on_non_finite(bad)
+            self.profiler.after(number)
             self._between_steps()
             stop = self._stop()
         return self._end(stop)
@@ -93,16 +120,22 @@ class Loop:
         size = self.run.batches.global_batch_size(self.progress.consumed_tokens // length)
         with watch.measure("data"):
             micro_batches = self.stream.next_global_batch(size)
-            if not needs_data():
+            reads = needs_data(self.config.data)
+            if not reads:
                 self.run.train_dataset.follow(self.progress.consumed_samples)
             stride = self.config.training.micro_batch_size * self.rates.data_parallel_size
             batches: list[Batch | None] = (
-                list(micro_batches) if needs_data() else [None] * (size // stride)
+                list(micro_batches) if reads else [None] * (size // stride)
             )
         optimizer, micro_batch = self.run.state.optimizer, self.config.training.micro_batch_size
         lr = learning_rate(optimizer)
         try:
-            result = train_step(self.chunks, optimizer, batches, length, micro_batch, self.guard)
+            with self.layer_norms.watching(self.progress.step + 1):
+                result = train_step(
+                    *(self.chunks, optimizer, batches, length, micro_batch, self.guard),
+                    timers=self.timers,
+                    before_update=self._record_layers,
+                )
         except SkippedStep as skipped:
             self._advance(size)
             return self._skip(skipped)
@@ -110,6 +143,7 @@ class Loop:
         if self.guard is not None:
             self.guard.taken(result.loss, result.grad_norm)
         seconds = {**watch.seconds, **result.seconds, "step": time.perf_counter() - start}
+        seconds["checkpoint_stall"] = self.between.seconds.pop("checkpoint_stall", 0.0)
         self._record_step(result.loss, result.grad_norm, lr, size, size * length, seconds)
 
     def _advance(self, size: int) -> None:
@@ -141,6 +175,7 @@ class Loop:
         tokens: int,
         seconds: dict[str, float],
     ) -> None:
+        compared = self._compare_ranks(seconds)
         if self.metrics is None:
             return
         progress = self.progress
@@ -155,12 +190,37 @@ class Loop:
             tokens=progress.consumed_tokens,
             **self.rates.of_step(tokens, seconds["step"]),
             memory_gib=round(hardware.peak_memory_gib(), 3),
+            memory_reserved_gib=round(hardware.reserved_memory_gib(), 3),
             seconds={name: round(value, 6) for name, value in seconds.items()},
+            **compared,
         )
         if progress.step % self.config.logging.log_interval == 0:
             left = self.run.length.tokens - progress.consumed_tokens
             eta = left / self.rates.smoothed_tokens_per_second
             self.run.console.step(record, self.run.length.steps, eta)
+
+    def _record_layers(self) -> None:
+        step = self.progress.step + 1
+        if self.layer_norms.wanted(step):
+            record = self.layer_norms.collect()
+            if self.metrics:
+                self.metrics.write("layers", step=step, **record)
+
+    def _compare_ranks(self, seconds: dict[str, float]) -> dict[str, Any]:
+        """What the step's record says of all ranks' times; every rank calls it."""
+        self.rank_times.add(seconds)
+        step = self.progress.step
+        compared = self.rank_times.compare(step, self.nodes)
+        if compared is None:
+            return {}
+        new = [found for found in compared.stragglers if found.rank not in self.slow]
+        self.slow = {found.rank for found in compared.stragglers}
+        for found in new:
+            self.run.console.warn(f"step {step}: {found}")
+        if self.metrics and compared.stragglers:
+            ranks = [found.record() for found in compared.stragglers]
+            self.metrics.write("stragglers", step=step, ranks=ranks)
+        return {"compute_seconds": compared.summary}
 
     def _between_steps(self) -> None:
         step = self.progress.step
@@ -169,10 +229,12 @@ class Loop:
         interval = self.config.validation.eval_interval
         if interval and step % interval == 0 and step < self.run.length.steps:
             self.validate()
-        self._report_save(self.run.store.poll())
+        with self.between.measure("checkpoint_stall"):
+            self._report_save(self.run.store.poll())
         every = self.config.checkpoint.save_interval
         if every and step % every == 0 and step < self.run.length.steps:
-            self.save(blocking=not self.config.checkpoint.async_save)
+            with self.between.measure("checkpoint_stall"):
+                self.save(blocking=not self.config.checkpoint.async_save)
 
     def validate(self) -> None:
         """Scores the held-out data and records the result."""
@@ -274,6 +336,7 @@ class Loop:
         return self._close(Stop(bad.code, cause, reason, bad.node))
 
     def _close(self, stop: Stop) -> ExitCode:
+        self.profiler.close()
         self.run.store.close()
         self.stream.close()
         self.watchdog.stop()
@@ -294,7 +357,7 @@ class Loop:
         if run.resumed:
             run.console.say(f"resuming after step {self.progress.step}")
         self.log.step = self.progress.step
-        nodes = distributed.gather_text(hardware.node_name())
+        self.nodes = nodes = distributed.gather_text(hardware.node_name())
         stamp = distributed.gather_text(time.strftime("%Y%m%d-%H%M%S"))[0]
         self.watchdog.start(nodes, stamp)
         if self.metrics:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -25,17 +26,19 @@ _PACKAGES = (
 class Rates:
     """Turns tokens and seconds into tokens/s, TFLOP/s and utilisation.
 
-    Model FLOPs only (no recomputation), from the layers themselves, so attention counts the keys
-    inside its window; MFU is against the bf16 peak whatever the precision, the second figure
-    against the peak of the precision used.
+    Model FLOPs (no recomputation), from the layers themselves, so attention counts the keys
+    inside its window; hardware FLOPs count what is recomputed as well. MFU is of model FLOPs
+    against the bf16 peak whatever the precision, the second figure against the peak of the
+    precision used.
     """
 
     def __init__(self, config: RunConfig, world_size: int) -> None:
         parallel = config.parallel
-        model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        self.data_parallel_size = world_size // model_parallel
+        together = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        self.data_parallel_size = world_size // (together * parallel.context_parallel_size)
         self._devices = world_size
-        self._flops = flops_per_token(config.model, config.data.sequence_length).model
+        flops = flops_per_token(config.model, config.data.sequence_length, parallel)
+        self._flops, self._recomputing = flops.model, flops.hardware / flops.model
         name = hardware.device_name()
         self._bf16_peak = hardware.peak_flops(name, "bf16")
         self._used_peak = (
@@ -45,14 +48,15 @@ class Rates:
         self._first = True
 
     def of_step(self, tokens: int, seconds: float) -> dict[str, float | None]:
-        """tokens/s of the whole run, model TFLOP/s a device, MFU (None where the peak is not
-        known)."""
+        """tokens/s of the whole run, model and hardware TFLOP/s a device, MFU (None where the peak
+        is not known)."""
         rate = tokens / seconds
         self._smooth(rate)
         flops = rate * self._flops / self._devices
         return {
             "tokens_per_second": round(rate, 1),
             "tflops_per_device": round(flops / 1e12, 3),
+            "hardware_tflops_per_device": round(flops * self._recomputing / 1e12, 3),
             "mfu": round(flops / self._bf16_peak, 4) if self._bf16_peak else None,
             "mfu_of_precision": round(flops / self._used_peak, 4) if self._used_peak else None,
         }
@@ -83,6 +87,7 @@ def start_record(run: Run) -> StartRecord:
         "sequence_parallel": parallel.sequence_parallel,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
         "recompute": parallel.recompute_granularity,
     }
     kernels = chosen_kernels(run)
@@ -90,6 +95,7 @@ def start_record(run: Run) -> StartRecord:
     phases = {name: round(seconds, 2) for name, seconds in run.phases.items()}
     values: dict[str, Any] = {
         "device": hardware.device_name(),
+        "peak_tflops": _peaks(),
         "node": platform.node(),
         "parameters": count_parameters(config.model),
         "layout": layout,
@@ -108,6 +114,12 @@ def start_record(run: Run) -> StartRecord:
         ("run", _run_rows(run, values["device"])),
     ]
     return StartRecord(tables, values)
+
+
+def _peaks() -> dict[str, float | None]:
+    """Peak TFLOP/s of a device that utilisation is measured against, by precision."""
+    gpu = hardware.gpu_in(hardware.device_name())
+    return {kind: gpu.tflops.get(kind) if gpu else None for kind in ("bf16", "fp8")}
 
 
 def _run_rows(run: Run, device: str) -> list[tuple[str, str]]:
@@ -142,28 +154,42 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
     from samba_megatron.ops.causal_conv1d.dispatch import CAUSAL_CONV1D
     from samba_megatron.ops.registry import Request
     from samba_megatron.ops.selective_scan.dispatch import SELECTIVE_SCAN
+    from samba_megatron.ops.swiglu.dispatch import SWIGLU
     from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
 
     model, kernels = config.model, config.kernels
     channels = model.d_inner // config.parallel.tensor_model_parallel_size
-    request = Request(
-        device=distributed.device_type(),
-        dtype=params_dtype(config),
-        sizes={
-            "channels": channels,
-            "width": model.d_conv,
-            "d_state": model.d_state,
-            "head_dim": model.head_dim,
-        },
-    )
+    documents = ["reset"] if config.data.reset_at_document_boundaries else []
+    shared = config.parallel.context_parallel_size > 1
+    carried = [*documents, "carry"] if shared else documents
+    before = ["initial_state"] if shared and not documents else documents
+    borrowed = [*documents, "halo"] if shared else documents
+
+    def request(features: Sequence[str] = ()) -> Request:
+        return Request(
+            device=distributed.device_type(),
+            dtype=params_dtype(config),
+            features=frozenset(features),
+            sizes={
+                "channels": channels,
+                "width": model.d_conv,
+                "d_state": model.d_state,
+                "head_dim": model.head_dim,
+            },
+        )
+
     chosen = {}
     if "M" in model.hybrid_layer_pattern:
-        chosen["selective_scan"] = SELECTIVE_SCAN.choose(kernels.selective_scan, request).name
+        chosen["selective_scan"] = SELECTIVE_SCAN.choose(
+            kernels.selective_scan, request(carried)
+        ).name
     if "M" in model.hybrid_layer_pattern or model.short_convolution:
-        chosen["causal_conv1d"] = CAUSAL_CONV1D.choose(kernels.causal_conv1d, request).name
-    if implementation == "transformer_engine":
+        chosen["causal_conv1d"] = CAUSAL_CONV1D.choose(kernels.causal_conv1d, request(before)).name
+    if "-" in model.hybrid_layer_pattern:
+        chosen["swiglu"] = SWIGLU.choose(kernels.swiglu, request()).name
+    if implementation == "transformer_engine" and not (documents or shared):
         return {**chosen, "attention": "transformer_engine"}
-    attention = WINDOWED_ATTENTION.choose(kernels.windowed_attention, request).name
+    attention = WINDOWED_ATTENTION.choose(kernels.windowed_attention, request(borrowed)).name
     return {**chosen, "attention": attention}
 
 

@@ -223,13 +223,19 @@ def _validation_samples(config: RunConfig) -> int:
 def _build_state(config: RunConfig, length: RunLength) -> "tuple[TrainState, Implementation]":
     from samba_megatron.model.backend import choose_implementation
     from samba_megatron.model.samba import build_model
-    from samba_megatron.training.data_parallel import configure_schedule, wrap
+    from samba_megatron.training.data_parallel import (
+        configure_schedule,
+        fuse_gradient_accumulation,
+        wrap,
+    )
     from samba_megatron.training.optimizer import build_optimizer, build_schedule
 
     implementation = choose_implementation(
         config.kernels.transformer_impl, distributed.device_type()
     )
     chunks = wrap(build_model(config, implementation), config.parallel, config.precision)
+    if config.kernels.gradient_accumulation_fusion:
+        fuse_gradient_accumulation(chunks)
     optimizer = build_optimizer(config, chunks)
     configure_schedule(chunks, optimizer, config.parallel)
     schedule = build_schedule(config, optimizer, length)

@@ -1,8 +1,7 @@
 """One optimizer step: forward and backward over the micro-batches, checks, update."""
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,20 @@ from megatron.core.rerun_state_machine import (
     get_rerun_state_machine,
     initialize_rerun_state_machine,
 )
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from samba_megatron.data.stream import Batch
+from samba_megatron.config.data import DataConfig
+from samba_megatron.data.stream import Batch, Piece
+from samba_megatron.model.sequence import SequenceParams, documents_apart, piece_of
+from samba_megatron.ops.continued import Past
 from samba_megatron.platform import distributed
 from samba_megatron.platform.exits import ExitCode
 from samba_megatron.platform.hardware import node_name
+from samba_megatron.training import nonfinite
+from samba_megatron.training.pieces import InPieces
 from samba_megatron.training.spikes import SkippedStep, SpikeGuard
+from samba_megatron.training.timing import StepTimers, Stopwatch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,20 +51,6 @@ class StepResult:
     """Wall time of the parts."""
 
 
-class Stopwatch:
-    """Wall times of named parts; the device is waited for only where the step waits anyway."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to ``name``."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def forward_step(iterator: Iterator[Batch | None], model: "nn.Module") -> tuple[Tensor, Any]:
     """megatron's forward step: one micro-batch through one model chunk.
 
@@ -66,14 +58,35 @@ def forward_step(iterator: Iterator[Batch | None], model: "nn.Module") -> tuple[
     [b, s]) into (summed loss, tokens, what to report).
     """
     batch = next(iterator)
-    if batch is None:  # a stage between the first and the last sees no data
-        return model(None, None, None), None
+    sequence = _sequence(batch)
+    if batch is None or "tokens" not in batch:  # between the first stage and the last
+        return model(None, None, None, packed_seq_params=sequence), None
+    return _losses(batch, sequence, model)
+
+
+def piece_step(batch: Batch, past: Past, model: "nn.Module") -> tuple[Tensor, Any]:
+    """The same of one piece of the sequences of a micro-batch, whose batch has the piece's tokens
+    and where the documents of the whole sequences begin."""
+    tokens = batch["tokens"]
+    assert tokens is not None
+    return _losses(batch, piece_of(_sequence(batch), tokens.shape[1], past), model)
+
+
+def _losses(
+    batch: Batch, sequence: SequenceParams | None, model: "nn.Module"
+) -> tuple[Tensor, Any]:
     tokens, labels, loss_mask, position_ids = (
         batch[name].to(distributed.device(), non_blocking=True)  # type: ignore[union-attr]
         for name in _FIELDS
     )
-    losses = model(tokens, position_ids, None, labels=labels)
+    losses = model(tokens, position_ids, None, labels=labels, packed_seq_params=sequence)
     return losses, partial(summed_loss, loss_mask)
+
+
+def _sequence(batch: Batch | None) -> SequenceParams | None:
+    """Where the documents of a micro-batch begin, if they stay apart."""
+    start = batch.get("document_start") if batch is not None else None
+    return None if start is None else documents_apart(start, distributed.device())
 
 
 def summed_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -88,11 +101,23 @@ def summed_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict
     return total, count.to(torch.int), {"loss": report}
 
 
-def needs_data() -> bool:
-    """Whether this pipeline stage reads batches: the first (tokens) and the last (labels)."""
+def own_piece() -> Piece:
+    """What this rank has of each sequence."""
+    return Piece(
+        parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    )
+
+
+def needs_tokens() -> bool:
+    """Whether this pipeline stage is the first (tokens) or the last (labels)."""
     return parallel_state.is_pipeline_first_stage(
         ignore_virtual=True
     ) or parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def needs_data(data: DataConfig) -> bool:
+    """Whether this pipeline stage reads batches: tokens, or where documents begin."""
+    return needs_tokens() or data.reset_at_document_boundaries
 
 
 def run_schedule(
@@ -104,8 +129,14 @@ def run_schedule(
     forward_only: bool,
 ) -> list[dict[str, Tensor]]:
     """Runs megatron's pipeline schedule; returns what the last stage reports, elsewhere []."""
+    config, step = get_model_config(chunks[0]), forward_step
+    if config.sequence_pieces > 1:
+        exact = config.sequence_piece_gradients == "exact"
+        step = InPieces(piece_step, config.sequence_pieces, exact).forward_step
+        num_microbatches *= config.sequence_pieces
+        sequence_length //= config.sequence_pieces
     return get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=step,
         data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=num_microbatches,
@@ -166,6 +197,8 @@ def train_step(
     sequence_length: int,
     micro_batch_size: int,
     guard: SpikeGuard | None = None,
+    timers: StepTimers | None = None,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Forward, backward, check, update.
 
@@ -176,21 +209,27 @@ def train_step(
         sequence_length: tokens of a sequence.
         micro_batch_size: sequences of a micro-batch.
         guard: judges the loss; of the gradient norm the optimizer tells it (``watch_grad_norm``).
+        timers: those of the chunks' schedules (:func:`attach_timers`), for the parts' times.
+        before_update: called on every rank when the gradients are whole and judged.
 
     Raises:
         NonFiniteStep: before any weight has changed.
         SkippedStep: likewise, where there is a guard.
     """
     watch = Stopwatch()
-    with watch.measure("forward_backward"):
+    with watch.measure("forward_backward"), timers.step() if timers else nullcontext():
         loss = _forward_backward(
             chunks, optimizer, batches, sequence_length, micro_batch_size, guard
         )
-    with watch.measure("optimizer"):
+    # The device has just been waited for: reading its times costs nothing.
+    parts = timers.read() if timers else {}
+    if before_update is not None:
+        before_update()
+    with watch.measure("optimizer"), timers.update() if timers else nullcontext():
         updated, grad_norm, _ = optimizer.step()
     if not updated:
         raise NonFiniteStep(ExitCode.HOLD, "the optimizer refused the step")
-    return StepResult(float(loss), float(grad_norm or 0.0), watch.seconds)
+    return StepResult(float(loss), float(grad_norm or 0.0), watch.seconds | parts)
 
 
 def _forward_backward(
@@ -229,17 +268,24 @@ def _forward_backward(
         where = f" (losses of {', '.join(nodes)})" if nodes else ""
         sentence = f"a non-finite loss or gradient{where} vanished when the step was run again"
         raise NonFiniteStep(ExitCode.BAD_NODE, sentence, nodes[0] if len(nodes) == 1 else None)
+
     # The machine judges no first step of a process, and none when it is disabled.
-    _judge(loss, finite, guard)
+    def run_forward() -> list[dict[str, Tensor]]:
+        again = [iter(batches) for _ in chunks]
+        return run_schedule(
+            chunks, again, len(batches), sequence_length, micro_batch_size, forward_only=True
+        )
+
+    _judge(loss, finite, guard, partial(nonfinite.locate, chunks, run_forward))
     return loss
 
 
-def _judge(loss: float, finite: bool, guard: SpikeGuard | None) -> None:
+def _judge(loss: float, finite: bool, guard: SpikeGuard | None, locate: Callable[[], str]) -> None:
     """Every rank learns the worst that any has found, with one reduction."""
     odd = guard.odd_loss(loss) if guard is not None and finite else None
     worst = distributed.largest(2 if not finite else 1 if odd else 0)
     if worst == 2:
-        reason = f"the loss ({loss}) or a gradient is not finite"
+        reason = f"the loss ({loss}) or a gradient is not finite; {locate()}"
         if guard is None:
             raise NonFiniteStep(ExitCode.HOLD, reason)
         _forget_rerun()

@@ -81,6 +81,8 @@ def test_a_hang_is_found_before_torch_ends_the_run():
     assert "faults.hang_timeout_minutes 10 is not under" in sentence
     off = {"faults.watchdog": False, "faults.hang_timeout_minutes": 10.0}
     assert sentences(off) == []
+    profile = {"logging.profile_step_end": 4}
+    assert "profile from a step to before a later one" in the_sentence(profile)
     window = {"faults.skip_spikes": True, "faults.spike_window": 8}
     assert "faults.spike_window 8 is too short" in the_sentence(window)
 
@@ -100,6 +102,15 @@ def test_a_hang_is_found_before_torch_ends_the_run():
         ),
         ({"model.kv_channels": 65}, "heads have 65 dimensions"),
         ({"model.dt_min": 0.2}, "model.dt_min 0.2 is over model.dt_max 0.1"),
+        # documents
+        (
+            {"data.packing": "best_fit", "data.reset_at_document_boundaries": False},
+            "data.reset_at_document_boundaries false lets them see each other: use true, or",
+        ),
+        (
+            {"kernels.selective_scan": "mamba_ssm"},
+            "kernels.selective_scan mamba_ssm cannot keep documents apart: use auto, or set",
+        ),
         # layout
         ({"parallel.sequence_parallel": True}, f"needs {TENSOR} over 1, and it is 1"),
         (
@@ -330,6 +341,35 @@ def test_sequence_parallelism_divides_every_length():
     assert "data.sequence_length 65 is not a multiple of" in the_sentence(changes, 2)
     changes |= {"data.sequence_length": 64, "validation.sequence_lengths": [64, 127]}
     assert "validation.sequence_lengths: 127 is not" in the_sentence(changes, 2)
+
+
+def test_context_parallelism_cuts_every_sequence_into_equal_pieces():
+    context = "parallel.context_parallel_size"
+    assert sentences({context: 2}, 4) == []
+    says = the_sentence({context: 2, TENSOR: 2}, 6)
+    assert f" × {context} 2 = 4 does not divide the 6 processes of this run: start 4 or 8" in says
+    says = the_sentence({context: 2, "data.sequence_length": 65}, 2)
+    assert says.endswith(f"is not a multiple of {context} 2: use 64 or 66")
+    says = the_sentence({context: 4, "validation.sequence_lengths": [64, 126]}, 4)
+    assert says.startswith("validation.sequence_lengths: 126 is not")
+    both = {context: 2, TENSOR: 2, "parallel.sequence_parallel": True}
+    says = the_sentence({**both, "data.sequence_length": 66}, 4)
+    assert says.endswith("2 = 4 (with sequence_parallel): use 64 or 68")
+
+
+@pytest.mark.parametrize("scan", ["mamba_ssm", "reference"])
+def test_context_parallelism_needs_a_scan_that_goes_on(scan):
+    changes = {
+        "parallel.context_parallel_size": 2,
+        "kernels.selective_scan": scan,
+        "data.reset_at_document_boundaries": False,
+    }
+    assert the_sentence(changes, 2).endswith("does not: use auto, fused or torch")
+
+
+def test_context_parallel_ranks_take_the_same_sequences():
+    changes = {"parallel.context_parallel_size": 2, "training.global_batch_size": 100}
+    assert "× 3 data-parallel ranks = 3: use 99 or 102" in the_sentence(changes, 6)
 
 
 def test_pipeline_cuts_fit_the_layout():

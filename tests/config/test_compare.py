@@ -136,3 +136,12 @@ def test_other_versions_of_the_code():
         "model.gone in the checkpoint is not known here: ignored",
         "lost in the checkpoint is not known here: ignored",
     ]
+
+
+def test_a_checkpoint_from_before_documents_stayed_apart():
+    saved = to_dict(RunConfig())
+    del saved["data"]["reset_at_document_boundaries"]
+    with pytest.raises(UserError, match="reset_at_document_boundaries was false and is true"):
+        compare_for_resume(saved, RunConfig())
+    before = build({"data.reset_at_document_boundaries": False})
+    assert compare_for_resume(saved, before) == []

@@ -18,6 +18,7 @@ PARAMETERS = {
     "llama2_swa_438m": 438_081_024,
     "llama2_1.3b": 1_347_842_304,
     "llama2_swa_1.3b": 1_347_842_304,
+    "llama3_1.6b": 1_640_597_504,
     "mamba_432m": 432_804_864,
     "mamba_1.3b": 1_334_740_992,
     "mamba_mlp": 454_657_536,
@@ -34,7 +35,15 @@ PARAMETERS = {
     "samba_421m_full_attention_1_5": 443_702_784,
     "samba_421m_short_convolution": 421_903_872,
     "llama2_swa_438m_short_convolution": 438_302_208,
+    "samba_421m_long_context": 421_793_280,
+    "samba_421m_instruct": 421_793_280,
+    "samba_421m_passkey": 421_793_280,
+    "samba_421m_phonebook": 421_793_280,
+    "passkey_samba": 24_489_472,
+    "passkey_swa": 24_320_512,
+    "passkey_full": 24_320_512,
 }
+SMALL = {"samba_tiny", "passkey_samba", "passkey_swa", "passkey_full"}
 
 
 def load(name, *options):
@@ -83,7 +92,7 @@ def test_a_recipe_runs_once_it_has_data_and_a_folder(name):
         assert violations(ready, world_size, "cuda", 8) == []
 
 
-@pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "samba_tiny"])
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name not in SMALL])
 def test_paper_recipes_fit_a_host_of_eight_with_fp8(name):
     options = ["--data.data_path", "corpus/train", "--run_dir", "run", "--precision.fp8", "hybrid"]
     assert violations(load(name, *options), 8, "cuda", 8) == []
@@ -114,7 +123,7 @@ def test_training_settings_are_the_papers(name, tokens, batch, rate):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_spikes_are_skipped_in_the_large_ones(name):
-    assert load(name).faults.skip_spikes == (name != "samba_tiny")
+    assert load(name).faults.skip_spikes == (name not in SMALL)
 
 
 def test_sizes_are_the_papers():

@@ -128,7 +128,7 @@ def write(prefix: Path, documents: list[np.ndarray]) -> None:
         writer.finish()
 
 
-def test_end_of_document_masks_and_positions(tmp_path, tokenizer_folder):
+def test_the_loss_can_leave_out_what_follows_a_document(tmp_path, tokenizer_folder):
     eod = load_tokenizer(tokenizer_folder).eod
     write(tmp_path / "d", [np.array([5, 6, 7, eod])] * 50)
     data = DataConfig(
@@ -136,14 +136,13 @@ def test_end_of_document_masks_and_positions(tmp_path, tokenizer_folder):
         sequence_length=12,
         tokenizer=str(tokenizer_folder),
         eod_mask_loss=True,
-        reset_position_ids=True,
     )
     sample = build(data, 3)[0][1]
     assert torch.equal(sample["loss_mask"] == 0, sample["tokens"] == eod)
-    positions = torch.where(sample["tokens"] == eod, 3, sample["tokens"] - 5)
-    first_eod = int((sample["tokens"] == eod).nonzero()[0])
-    assert torch.equal(sample["position_ids"][first_eod + 1 :], positions[first_eod + 1 :])
-    assert torch.equal(sample["position_ids"][: first_eod + 1], torch.arange(first_eod + 1))
+    assert sample["document_start"][0]
+    assert torch.equal(sample["document_start"][1:], sample["tokens"][:-1] == eod)
+    with pytest.raises(UserError, match="data.eod_mask_loss needs .*: set data.tokenizer"):
+        build(replace(data, tokenizer=None), 3)
 
 
 def test_a_dataset_made_again_is_not_served_from_the_old_cache(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samba_megatron.data.stream import Batch, SampleStream, evaluation_batches
+from samba_megatron.data.stream import Batch, Piece, SampleStream, evaluation_batches
 from samba_megatron.platform.errors import UserError
 
 
@@ -173,3 +173,24 @@ def test_evaluation_reads_each_sample_once_in_equal_numbers(dp, micro):
             seen += tensor(batch, "tokens")[real, 0].tolist()
     assert sorted(seen) == list(range(13))
     assert len(counts) == 1
+
+
+def test_ranks_that_share_sequences_have_a_piece_each_of_the_same_samples():
+    whole = list(SampleStream(Numbered(8), 2, 0, 2).next_global_batch(8))
+    pieces = [
+        list(SampleStream(Numbered(8), 2, 0, 2, piece=Piece(n, 2)).next_global_batch(8))
+        for n in range(2)
+    ]
+    for batch, *parts in zip(whole, *pieces, strict=True):
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            joined = torch.cat([tensor(part, name) for part in parts], dim=1)
+            assert torch.equal(joined, tensor(batch, name)), name
+
+
+def test_a_piece_leaves_document_starts_whole_and_refuses_what_it_cannot_cut():
+    start = torch.ones(1, 6, dtype=torch.bool)
+    cut = Piece(1, 3).cut({"tokens": torch.arange(6)[None], "document_start": start})
+    assert tensor(cut, "tokens").tolist() == [[2, 3]]
+    assert tensor(cut, "document_start") is start
+    with pytest.raises(UserError, match="a sequence of 6 makes no 4 equal pieces"):
+        Piece(0, 4).cut({"tokens": torch.arange(6)[None]})

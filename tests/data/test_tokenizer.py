@@ -209,3 +209,15 @@ def test_a_name_is_looked_up_in_hugging_faces_cache(tokenizer_folder, tmp_path):
         assert found.returncode == code
         expected = load_tokenizer(tokenizer_folder).identity
         assert expected in found.stdout if code == 0 else "neither the cache" in found.stderr
+
+
+def test_every_digit_can_be_a_token_of_its_own(tmp_path):
+    texts = [f"the year {year} and {year * 7}" for year in range(1900, 2000)]
+    plain = train_tokenizer(texts, 300, tmp_path / "plain", False)
+    split = train_tokenizer(texts, 300, tmp_path / "split", False, split_digits=True)
+    assert len(plain.encode(" 1987")) < 4
+    for text in ("1987", " 1987 and 12", "x12345.6"):
+        tokens = [split.decode([token]) for token in split.encode(text)]
+        assert all(token.isdigit() <= (len(token) == 1) for token in tokens)
+        assert [token for token in tokens if token.isdigit()] == [c for c in text if c.isdigit()]
+        assert split.decode(split.encode(text)) == text

@@ -18,10 +18,12 @@ from tests.distributed.toy import (
     saved_tensors,
     toy_config,
     write_dataset,
+    write_short_documents,
 )
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 VPP, SP = "parallel.virtual_pipeline_model_parallel_size", "parallel.sequence_parallel"
+CP = "parallel.context_parallel_size"
 HALF = STEPS // 2
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -46,11 +48,30 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2_vpp2": (2, {PP: 2, VPP: 2}),
     "tp2_pp2_sp": (4, {TP: 2, SP: True, PP: 2}),
     "tp2_dp2": (4, {TP: 2}),
+    "cp2": (2, {CP: 2}),
+    "cp2_tp2_sp": (4, {CP: 2, TP: 2, SP: True}),
+    "cp2_pp2": (4, {CP: 2, PP: 2}),
+    "cp2_dp2": (4, {CP: 2}),
 }
 """Name → (processes, what differs from one process)."""
 
-MOVES = [("one", "tp2_pp2_sp"), ("dp2", "dp2"), ("dp2", "one"), ("tp2_dp2", "pp2_vpp2")]
+MOVES = [
+    ("one", "tp2_pp2_sp"),
+    ("dp2", "dp2"),
+    ("dp2", "one"),
+    ("tp2_dp2", "pp2_vpp2"),
+    ("cp2", "one"),
+]
 """Saved half-way in the first layout, resumed in the second."""
+
+WITH_DOCUMENTS = {
+    "one": (1, {}),
+    "tp2_sp_selective": (2, {TP: 2, SP: True, **LAYOUTS["recompute_selective"][1]}),
+    "pp2_vpp2_full": (2, {PP: 2, VPP: 2, **LAYOUTS["recompute_full"][1]}),
+    "pp4": (4, {PP: 4}),
+    "cp2_pp2": (4, {CP: 2, PP: 2}),
+}
+"""The same for documents that stay apart; in "pp4" two stages read nothing but where they begin."""
 
 WITH_VALIDATION = {
     "validation.eval_interval": HALF,
@@ -78,6 +99,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         one_step["exit_code"] = one_step["config"].pop("exit_code")
         one_step["config"].pop("validation.eval_interval")
         first[processes].append(one_step)
+    short = write_short_documents(folder)
+    for layout, (processes, fields) in WITH_DOCUMENTS.items():
+        name = f"documents-{layout}"
+        config = toy_config(short, folder / name, **WITH_VALIDATION, **fields)
+        config["data.reset_at_document_boundaries"] = True
+        first[processes].append({"name": name, "config": config})
     for source, target in MOVES:
         name = f"{source}-to-{target}"
         save = {"training.exit_step": HALF, "checkpoint.save_interval": HALF}
@@ -101,6 +128,15 @@ def test_losses_equal_one_process(folder: Path, layout: str) -> None:
     held_out = losses(folder / "one", "validation")
     assert len(held_out) == 1
     assert losses(folder / layout, "validation") == pytest.approx(held_out, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", [name for name in WITH_DOCUMENTS if name != "one"])
+def test_losses_of_documents_apart_equal_one_process(folder: Path, layout: str) -> None:
+    """Training and held-out losses, where each sample holds several documents."""
+    for kind in ("train", "validation"):
+        reference = losses(folder / "documents-one", kind)
+        assert len(reference) == (STEPS if kind == "train" else 1)
+        assert losses(folder / f"documents-{layout}", kind) == pytest.approx(reference, abs=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["recompute_full", "recompute_selective"])

@@ -32,6 +32,18 @@ def write_dataset(folder: Path) -> str:
     return str(prefix)
 
 
+def write_short_documents(folder: Path) -> str:
+    """The same text in documents of 2 to 90 tokens: shorter and longer than a toy's sample."""
+    prefix = folder / "short"
+    text = np.fromfile(f"{write_dataset(folder)}.bin", np.uint16)
+    lengths = np.random.default_rng(5).integers(2, 91, len(text) // 90)
+    with IndexedWriter(str(prefix), np.uint16) as writer:
+        for document in np.split(text, np.cumsum(lengths))[:-1]:
+            writer.add_document(document)
+        writer.finish()
+    return str(prefix)
+
+
 def toy_config(prefix: str, run_dir: Path, **fields: Any) -> dict[str, Any]:
     """Fields of a tiny fp32 Samba: two blocks of each kind, a window shorter than the sequence."""
     return {
@@ -47,6 +59,8 @@ def toy_config(prefix: str, run_dir: Path, **fields: Any) -> dict[str, Any]:
         "data.data_path": [prefix],
         "data.split": "100,0,0",
         "data.sequence_length": 64,
+        # The documents are longer than samples; where they stay apart has tests of its own.
+        "data.reset_at_document_boundaries": False,
         "training.train_steps": STEPS,
         "training.micro_batch_size": 2,
         # Four micro-batches a step: as many as the interleaved pipeline needs on two ranks.

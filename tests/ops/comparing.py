@@ -38,6 +38,38 @@ class Kernel:
             pytest.skip(f"{self.backend} does not support {', '.join(sorted(missing))}")
 
 
+class InTurn:
+    """A scan's carry where one process has all stretches of time, and runs them in their order."""
+
+    def __init__(self) -> None:
+        self._carried: Tensor | None = None
+
+    def begin(self) -> None:
+        """The next stretch is the first, or backward in time the last."""
+        self._carried = None
+
+    def __call__(self, decay: Tensor, state: Tensor, backward_in_time: bool) -> Tensor:
+        entering = torch.zeros_like(state) if self._carried is None else self._carried
+        self._carried = state + decay * entering
+        return entering
+
+
+def in_stretches(
+    scan: Callable[..., tuple[Tensor, Tensor | None]], inputs: Inputs, length: int
+) -> Tensor:
+    """The output of a scan that is carried over stretches of ``length`` positions."""
+    carry, parts = InTurn(), []
+    for begin in range(0, inputs["u"].shape[0], length):
+        own = {
+            name: inputs[name][begin : begin + length]
+            for name in ("u", "delta", "B", "C", "z", "reset")
+            if inputs.get(name) is not None
+        }
+        parts.append(scan(**inputs | own, carry=carry)[0])
+    carry.begin()
+    return torch.cat(parts)
+
+
 def run(
     function: Callable[..., Any], inputs: Inputs, cotangent_seed: int = 7, **options: Any
 ) -> dict[str, Tensor]:

@@ -29,3 +29,16 @@ def test_bytes_count_inputs_and_outputs_once():
     assert cost.scan_bytes(10, 6, 4, 2) == 10 * 2 * (3 * 6 + 2 * 4 + 6)
     assert cost.conv_bytes(10, 6, 2) == 10 * 2 * (6 + 6)
     assert cost.attention_bytes(10, 4, 2, 8, 2) == 10 * 2 * 8 * (4 + 2 + 2 + 4)
+
+
+@pytest.mark.parametrize(("ranks", "rounds"), [(2, 1), (3, 2), (4, 3), (5, 3), (8, 4), (9, 4)])
+def test_bytes_of_the_state_carried_between_ranks(ranks, rounds):
+    """The shift by one, then maps that span 1, 2, 4, … ranks until they span all before."""
+    assert cost.carry_bytes(ranks, 2, 6, 4) == (2 * rounds - 1) * 2 * 6 * 4 * 4
+    assert cost.carry_bytes(1, 2, 6, 4) == 0
+
+
+def test_bytes_of_a_halo():
+    assert cost.halo_bytes(4, 10, 3, 6, 2) == 3 * 6 * 2
+    assert cost.halo_bytes(4, 10, 25, 6, 2) == 25 * 6 * 2  # from three ranks
+    assert cost.halo_bytes(4, 10, 1000, 6, 2) == 30 * 6 * 2  # all positions of the ranks before

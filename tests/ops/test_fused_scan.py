@@ -32,7 +32,7 @@ from samba_megatron.ops.selective_scan.mamba_ssm import BACKEND as MAMBA_SSM
 from samba_megatron.ops.selective_scan.reference import selective_scan_reference
 from samba_megatron.ops.selective_scan.torch_scan import selective_scan_torch
 from tests.ops import emulated_kernels
-from tests.ops.comparing import Inputs, assert_near, assert_same_bits, run, to
+from tests.ops.comparing import Inputs, assert_near, assert_same_bits, in_stretches, run, to
 from tests.ops.emulated_kernels import EmulatedKernels
 
 FP32 = 5e-6
@@ -126,6 +126,24 @@ def test_emulated_kernels_match_reference(
     actual, launched = emulate(emulation_folder, inputs, workers)
     assert ("scan_adjoint_segments" in launched) == (length >= 270)
     assert_near(actual, expected_of(inputs), FP32)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("length", "workers"), [(40, 3), (150, 2)])  # one segment; several
+@pytest.mark.parametrize("resets", [0.0, 0.02])
+def test_emulated_kernels_carried_over_stretches(emulation_folder, length, workers, resets):
+    inputs = to(make_inputs(300, 1, 40, seed=length, resets=resets), torch.float32)
+    inputs |= {"initial_state": None}
+    kernels = EmulatedKernels(Variant(0, 16), emulation_folder, workers)
+
+    def stretch(**given: Any) -> tuple[Tensor, Tensor]:
+        carry = given.pop("carry")
+        arguments = Arguments(*(given.get(name) for name in Arguments._fields))  # type: ignore[arg-type]
+        return fused_scan(kernels, arguments, carry)
+
+    actual = run(lambda **x: in_stretches(stretch, x, length), inputs)
+    expected = run(lambda **x: selective_scan_torch(**x)[0], to(inputs, torch.float64))
+    assert_near(actual, expected, FP32)
 
 
 @needs_compiler
@@ -420,6 +438,18 @@ def test_gpu_long_sequence_equals_its_parts_chained():
         y, state = selective_scan_fused(**inputs | span | {"initial_state": state})
         parts.append(y)
     assert_near({"y": torch.cat(parts), "state": state}, {"y": whole, "state": final}, FP32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("total", "length"), [(400, 100), (20_000, 5_000)])
+def test_gpu_stretches_with_a_carry_are_the_whole(total, length):
+    inputs = make_inputs(total, 1, 512, seed=_fresh_seed(), resets=0.001)
+    inputs = to(to(inputs | {"initial_state": None}, "cuda"), torch.float32)
+    if reason := BACKEND.unavailable():
+        pytest.skip(f"fused: {reason}")
+    actual = run(lambda **x: in_stretches(selective_scan_fused, x, length), inputs)
+    expected = run(lambda **x: selective_scan_fused(**x)[0], inputs)
+    assert_near(actual, expected, FP32)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,15 @@ from samba_megatron.ops.selective_scan import selective_scan, selective_scan_ref
 from samba_megatron.ops.selective_scan.dispatch import SELECTIVE_SCAN
 from samba_megatron.ops.selective_scan.recurrence import CHUNK_LENGTH
 from samba_megatron.platform.errors import UserError
-from tests.ops.comparing import Inputs, Kernel, assert_near, assert_same_bits, run, to
+from tests.ops.comparing import (
+    Inputs,
+    Kernel,
+    assert_near,
+    assert_same_bits,
+    in_stretches,
+    run,
+    to,
+)
 
 CHUNK = CHUNK_LENGTH["cpu"]
 EDGES = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3]
@@ -363,3 +371,28 @@ def test_shapes_that_do_not_fit_are_named(name):
     inputs[name] = inputs[name][:-1]
     with pytest.raises(ValueError, match=f"^{name} must be"):
         selective_scan(**inputs)
+
+
+# Joined to other scans
+
+
+@pytest.mark.parametrize("starts", [None, [(0, 0)], [(7, 1)], [(15, 0), (16, 0), (39, 1)]])
+@pytest.mark.parametrize("length", [5, 8, CHUNK, 23])
+def test_stretches_with_a_carry_are_the_whole(length, starts):
+    inputs = make_inputs(40) | {"initial_state": None}
+    inputs["reset"] = document_starts(40, 2, *starts) if starts else None
+    expected = run(lambda **x: selective_scan(**x, backend="reference")[0], inputs)
+    actual = run(lambda **x: in_stretches(selective_scan, x, length), inputs)
+    assert_near(actual, expected, 1e-12)
+
+
+def test_a_carry_takes_the_place_of_both_states():
+    inputs = make_inputs(5)
+    with pytest.raises(ValueError, match="neither an initial nor a final state"):
+        in_stretches(selective_scan, inputs, 5)
+    with pytest.raises(UserError, match="does not support carry; use auto or torch"):
+        in_stretches(
+            lambda **x: selective_scan(**x, backend="reference"),
+            inputs | {"initial_state": None},
+            5,
+        )

@@ -12,6 +12,12 @@ from torch import Tensor
 from samba_megatron.ops.registry import Request
 from samba_megatron.ops.windowed_attention import torch_attention, windowed_attention
 from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
+from samba_megatron.ops.windowed_attention.flash_attn import attend_packed
+from samba_megatron.ops.windowed_attention.packing import (
+    lay_end_to_end,
+    pack_documents,
+    put_side_by_side,
+)
 from samba_megatron.ops.windowed_attention.reference import windowed_attention_reference
 from samba_megatron.platform.errors import UserError
 from tests.ops.comparing import Inputs, Kernel, assert_near, assert_same_bits, run, to
@@ -77,7 +83,7 @@ def test_reference_attends_to_the_window_latest_keys_of_its_group(window, docume
 def test_matches_reference(kernel, length, halo, window, heads, documents, seed):
     head_dim = 64 if kernel.backend == "flash_attn" else 8
     inputs = make_inputs(length, 2, heads[0], heads[1], head_dim=head_dim, halo=halo, seed=seed)
-    if documents and kernel.backend != "flash_attn":
+    if documents:
         random = torch.Generator().manual_seed(seed)
         inputs["reset"] = torch.rand(length + halo, 2, generator=random) < 0.02
     kernel.require(WINDOWED_ATTENTION)
@@ -88,6 +94,38 @@ def test_matches_reference(kernel, length, halo, window, heads, documents, seed)
     expected = run(windowed_attention_reference, inputs, window=window)
     # a single key's weight is 1 whatever the score: gradients that are exactly zero
     assert_near(actual, expected, kernel.tolerance, least_scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("part", [slice(0, 16), slice(16, 32), slice(3, 19), slice(0, 5)])
+def test_sequences_end_to_end_and_back(dtype, part):
+    """Parts of one projection, which do or do not divide into wide elements."""
+    whole = torch.randn(6, 2, 3, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = whole[..., part]
+
+    def there_and_back(x: Tensor) -> Tensor:
+        packed = lay_end_to_end(x)
+        assert torch.equal(packed[6:], x[:, 1])
+        return put_side_by_side(packed, 2)
+
+    assert_same_bits(run(there_and_back, {"x": x}), run(lambda x: x.flatten(2), {"x": x}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 40, 256])
+def test_transformer_engine_inside_documents(window):
+    kernel = Kernel("transformer_engine", "cuda", torch.bfloat16, 2e-2)
+    kernel.require(WINDOWED_ATTENTION)
+    inputs = make_inputs(256, 2, 4, 2, head_dim=64)
+    for seed in range(3):
+        random = torch.Generator().manual_seed(seed)
+        inputs["reset"] = torch.rand(256, 2, generator=random) < 0.02
+        rounded = to(to(inputs, "cuda", kernel.dtype), torch.float64)
+        actual = run(
+            windowed_attention, to(rounded, kernel.dtype), window=window, backend=kernel.backend
+        )
+        expected = run(windowed_attention_reference, rounded, window=window)
+        assert_near(actual, expected, kernel.tolerance, least_scale=1.0)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -121,6 +159,85 @@ def test_documents_cannot_touch_each_other(start, window, dtype):
         assert not torch.equal(result["out0"][changed], base["out0"][changed])
         for name in ("out0", "dq", "dk", "dv"):
             assert torch.equal(result[name][other], base[name][other]), name
+
+
+def varlen_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """What flash_attn_varlen_func computes, a sequence at a time: queries meet the last keys."""
+    assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k)
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    window = None if window_size[0] < 0 else window_size[0] + 1
+    outputs = []
+    spans = zip(*(x.unfold(0, 2, 1).tolist() for x in (cu_seqlens_q, cu_seqlens_k)), strict=True)
+    for (first, last), (first_key, last_key) in spans:
+        if last > first:
+            keys, values = (x[first_key:last_key, None] for x in (k, v))
+            queries = q[first:last, None]
+            y = windowed_attention_reference(queries, keys, values, window, softmax_scale)
+            outputs.append(y.view(last - first, *q.shape[1:]))
+    return torch.cat(outputs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(1, 40),
+    halo=st.sampled_from([0, 0, 1, 9]),
+    window=st.sampled_from([None, 1, 7]),
+    density=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_documents_end_to_end_are_the_documents(length, halo, window, density, seed):
+    """The packing for kernels of several lengths, around a plain one: masks never come into it."""
+    inputs = make_inputs(length, batch=3, halo=halo, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    inputs["reset"] = torch.rand(length + halo, 3, generator=random) < density
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, reset: Tensor) -> Tensor:
+        options: dict[str, Any] = {"softmax_scale": 0.3, "causal": True}
+        options["window_size"] = (-1, -1) if window is None else (window - 1, 0)
+        return attend_packed(varlen_kernel, q, k, v, pack_documents(reset, length), options)
+
+    expected = run(windowed_attention_reference, inputs, window=window, scale=0.3)
+    assert_near(run(packed, inputs), expected, 1e-12, least_scale=1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("halo", [0, 100])
+@pytest.mark.parametrize("window", [None, 40])
+def test_flash_attn_keeps_documents_apart_to_the_bit(window, halo):
+    """As the test before for torch; on a GPU, where sums may go in another order each time."""
+    if reason := WINDOWED_ATTENTION.backends["flash_attn"].unavailable():
+        pytest.skip(f"flash_attn: {reason}")
+    length, start = 700, 333
+    inputs = to(make_inputs(length, head_dim=64, halo=halo), "cuda", torch.bfloat16)
+    inputs["reset"] = torch.zeros(length + halo, 2, dtype=torch.bool, device="cuda")
+    inputs["reset"][start + halo] = True
+    perturbed = inputs | {name: inputs[name].clone() for name in "qkv"}
+    perturbed["q"][:start] *= -3
+    for name in "kv":
+        perturbed[name][: start + halo] *= -3
+    torch.use_deterministic_algorithms(True)
+    try:
+        base, result = (
+            run(windowed_attention, given, window=window, backend="flash_attn")
+            for given in (inputs, perturbed)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, first in (("out0", start), ("dq", start), ("dk", start + halo), ("dv", start + halo)):
+        assert not torch.equal(result[name][:first], base[name][:first])
+        assert torch.equal(result[name][first:], base[name][first:]), name
 
 
 @pytest.mark.parametrize("cut", [10, BLOCK, BLOCK + 7])
@@ -199,3 +316,6 @@ def test_calls_that_make_no_sense_are_refused():
         windowed_attention(q, k[:3], v[:3])
     with pytest.raises(ValueError, match="reset must be"):
         windowed_attention(q, k, v, reset=torch.zeros(3, 2, dtype=torch.bool))
+    packed = pack_documents(torch.zeros(4, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="there is no reset"):
+        windowed_attention(q, k, v, packed=packed)

@@ -15,6 +15,8 @@ import pytest
 
 from samba_megatron.tracking import shipping
 from samba_megatron.tracking.metrics import MetricsFile
+from samba_megatron.tracking.mlflow_sink import MlflowSink
+from samba_megatron.tracking.sink import SinkUnavailable
 from tests.distributed.toy import ROOT, losses, toy_config, write_dataset
 
 CONFIG = {"model": {"hidden_size": 64}, "data": {"data_path": ["a", "b"]}}
@@ -106,12 +108,17 @@ def ship(run_dir: Path, uri: str, **kwargs: Any) -> "subprocess.Popen[str]":
 def test_nothing_is_lost_or_doubled_when_server_and_shipper_are_killed(
     server: Server, tmp_path: Path
 ) -> None:
-    """The server dies in the middle, the shipper dies while it waits, both come back."""
+    """The server dies in the middle, the shipper dies while it waits, both come back.
+
+    The first shipper of all died before it could note which run the server had made for it.
+    """
     run_dir = tmp_path / "run"
     metrics = MetricsFile(run_dir)
     metrics.write("start", step=0, config=CONFIG, layout={"world_size": 8}, parameters=3)
     write_steps(metrics, 1, 40)
     server.start()
+    (run_dir / shipping.STATE_NAME).write_text('{"identity": "7f3a", "last": {}}')
+    orphan = MlflowSink(server.uri, "samba", "run").open({}, {}, "7f3a")
     first = shipping.start(run_dir, server.uri, "samba", "run")
     try:
         wait_for(run_dir, "train/", 40)
@@ -133,7 +140,16 @@ def test_nothing_is_lost_or_doubled_when_server_and_shipper_are_killed(
     steps = history(server.uri, run_dir, "train/loss")
     assert steps == [(step, 1 / step) for step in range(1, 101)]
     assert history(server.uri, run_dir, "validation/64/loss") == [(100, 0.5)]
+    assert len(history(server.uri, run_dir, "train/seconds.step")) == 100
     check_description(server.uri, run_dir)
+    assert runs_of(server.uri, orphan["experiment_id"]) == [orphan["run_id"]]
+
+
+def runs_of(uri: str, experiment: str) -> list[str]:
+    """Ids of all runs of an experiment."""
+    from mlflow import MlflowClient
+
+    return [run.info.run_id for run in MlflowClient(tracking_uri=uri).search_runs([experiment])]
 
 
 def check_description(uri: str, run_dir: Path) -> None:
@@ -163,6 +179,33 @@ def wait_for(run_dir: Path, series: str, step: int) -> None:
         return path.exists() and json.loads(path.read_text())["last"].get(series) == step
 
     wait_until(sent)
+
+
+class LostSink:
+    """Takes the call, and is not heard of again."""
+
+    def __init__(self, state: Path) -> None:
+        self._state, self.identities = state, list[str]()
+
+    def open(self, state: dict[str, Any], tags: dict[str, str], identity: str) -> dict[str, Any]:
+        assert json.loads(self._state.read_text())["identity"] == identity
+        self.identities.append(identity)
+        raise SinkUnavailable("the answer is lost")
+
+    def parameters(self, values: dict[str, Any]) -> None: ...
+
+    def metrics(self, records: Any) -> None: ...
+
+    def close(self, exit_code: int) -> None: ...
+
+
+def test_the_identity_is_on_the_disk_before_the_service_hears_of_it(tmp_path: Path) -> None:
+    """And it is the same after a restart."""
+    sink = LostSink(tmp_path / "other.json")
+    for _ in range(2):
+        shipper = shipping.Shipper(tmp_path, sink, lambda text: None, "other.json")
+        assert not shipper.open({}, until=lambda: 0.0)
+    assert len(sink.identities) == 2 and len(set(sink.identities)) == 1
 
 
 @pytest.mark.timeout(120)

@@ -1,4 +1,4 @@
-"""Rules of the layout: tensor, sequence and pipeline parallelism on a number of processes."""
+"""Rules of the layout: how a model and its sequences lie on a number of processes."""
 
 from collections.abc import Iterator
 from math import gcd
@@ -11,6 +11,7 @@ from samba_megatron.platform.errors import UserError
 TENSOR = "parallel.tensor_model_parallel_size"
 PIPELINE = "parallel.pipeline_model_parallel_size"
 VIRTUAL = "parallel.virtual_pipeline_model_parallel_size"
+CONTEXT = "parallel.context_parallel_size"
 
 
 def _split_sizes(situation: Situation) -> dict[str, int]:
@@ -101,24 +102,82 @@ def sequence_parallel(situation: Situation) -> Iterator[str]:
             f"parallel.sequence_parallel needs {TENSOR} over 1, and it is 1: set it to false, or "
             f"use {nearest(1, legal_tensor_sizes(situation)[1:]) or 'another width'} ranks"
         )
-    because = f"{TENSOR} {tensor}, as sequence_parallel needs"
-    yield from not_multiple(
-        "data.sequence_length", situation.config.data.sequence_length, tensor, because
-    )
-    for length in situation.config.validation.sequence_lengths:
-        yield from not_multiple("validation.sequence_lengths:", length, tensor, because)
+    if parallel.context_parallel_size == 1:
+        yield from _pieces(situation, tensor, f"{TENSOR} {tensor}, as sequence_parallel needs")
+
+
+def _pieces(situation: Situation, number: int, because: str) -> Iterator[str]:
+    """Every sequence makes so many equal pieces."""
+    config = situation.config
+    yield from not_multiple("data.sequence_length", config.data.sequence_length, number, because)
+    for length in config.validation.sequence_lengths:
+        yield from not_multiple("validation.sequence_lengths:", length, number, because)
+
+
+def sequence_pieces(situation: Situation) -> Iterator[str]:
+    """Pieces are equal, and follow one another on the same ranks."""
+    config = situation.config
+    parallel, number = config.parallel, config.parallel.sequence_pieces
+    if number == 1:
+        return
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(parallel, name) > 1:
+            yield (
+                f"parallel.sequence_pieces {number} does not go with parallel.{name} "
+                f"{getattr(parallel, name)}: set one of them to 1"
+            )
+    pieces, because = number, f"parallel.sequence_pieces {number}"
+    if parallel.sequence_parallel:
+        tensor = parallel.tensor_model_parallel_size
+        pieces, because = number * tensor, f"{because} × {TENSOR} {tensor} = {number * tensor}"
+    yield from _pieces(situation, pieces, because)
+    if parallel.sequence_piece_gradients == "exact" and parallel.recompute_granularity is not None:
+        yield (
+            "parallel.sequence_piece_gradients exact computes every piece again anyway: set "
+            "parallel.recompute_granularity to null and use more pieces, or use truncated"
+        )
+    scan = config.kernels.selective_scan
+    if "M" in situation.layers and scan == "mamba_ssm":
+        yield (
+            f"parallel.sequence_pieces {number} needs a scan that goes on from a state, and "
+            "kernels.selective_scan mamba_ssm does not: use auto, fused or torch"
+        )
+
+
+def context_parallel(situation: Situation) -> Iterator[str]:
+    """Every rank has as many positions of a sequence, and a scan that takes its state from the
+    rank before."""
+    config = situation.config
+    parallel, number = config.parallel, config.parallel.context_parallel_size
+    if number == 1:
+        return
+    pieces, because = number, f"{CONTEXT} {number}"
+    if parallel.sequence_parallel:
+        tensor = parallel.tensor_model_parallel_size
+        pieces = number * tensor
+        because += f" × {TENSOR} {tensor} = {pieces} (with sequence_parallel)"
+    yield from _pieces(situation, pieces, because)
+    scan = config.kernels.selective_scan
+    if "M" in situation.layers and scan in ("mamba_ssm", "reference"):
+        yield (
+            f"{CONTEXT} {number} needs a scan that goes on from the rank before, and "
+            f"kernels.selective_scan {scan} does not: use auto, fused or torch"
+        )
 
 
 def processes(situation: Situation) -> Iterator[str]:
-    """The processes make whole copies of the model."""
+    """The processes make whole groups that work on a sequence together."""
     parallel = situation.config.parallel
     replica, world = situation.replica_size, situation.world_size
     if world % replica:
         below = world // replica * replica
         counts = f"{below} or {below + replica}" if below else str(replica)
+        context = parallel.context_parallel_size
+        shared = f" × {CONTEXT} {context}" if context > 1 else ""
         yield (
             f"{TENSOR} {parallel.tensor_model_parallel_size} × {PIPELINE} "
-            f"{parallel.pipeline_model_parallel_size} = {replica} does not divide the {world} "
+            f"{parallel.pipeline_model_parallel_size}{shared} = {replica} "
+            f"does not divide the {world} "
             f"process{'es' if world > 1 else ''} of this run: start {counts}"
         )
 
@@ -204,6 +263,8 @@ RULES = (
     tensor_parallel_query_groups,
     short_convolution,
     sequence_parallel,
+    context_parallel,
+    sequence_pieces,
     pipeline_cuts,
     virtual_pipeline,
     gradient_overlap,

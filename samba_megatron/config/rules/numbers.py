@@ -30,6 +30,8 @@ POSITIVE = frozenset(
         "parallel.tensor_model_parallel_size",
         "parallel.pipeline_model_parallel_size",
         "parallel.virtual_pipeline_model_parallel_size",
+        "parallel.context_parallel_size",
+        "parallel.sequence_pieces",
         "parallel.ddp_bucket_size",
         "parallel.recompute_num_layers",
         "parallel.distributed_timeout_minutes",
@@ -55,6 +57,10 @@ POSITIVE = frozenset(
         "faults.spike_zscore",
         "faults.max_skips_in_row",
         "logging.log_interval",
+        "logging.straggler_interval",
+        "logging.log_layer_norms_interval",
+        "logging.profile_step_start",
+        "logging.profile_step_end",
     ]
 )
 """Numbers that must be over 0."""

@@ -130,6 +130,28 @@ def _prefixes(name: str, prefixes: list[str]) -> Iterator[str]:
             yield f"{name} has {prefix}: give the prefix without the ending, {prefix[:-4]}"
 
 
+def packed_documents(situation: Situation) -> Iterator[str]:
+    """Documents that were put together by their lengths do not see each other."""
+    data = situation.config.data
+    if data.packing == "best_fit" and not data.reset_at_document_boundaries:
+        yield (
+            "data.packing best_fit puts documents together by their lengths, and "
+            "data.reset_at_document_boundaries false lets them see each other: use true, or "
+            "data.packing concatenate"
+        )
+
+
+def scan_of_documents(situation: Situation) -> Iterator[str]:
+    """mamba-ssm's scan carries its state from document to document."""
+    config = situation.config
+    scan = config.kernels.selective_scan
+    if scan == "mamba_ssm" and "M" in situation.layers and config.data.reset_at_document_boundaries:
+        yield (
+            "kernels.selective_scan mamba_ssm cannot keep documents apart: use auto, or set "
+            "data.reset_at_document_boundaries to false"
+        )
+
+
 def held_out_data(situation: Situation) -> Iterator[str]:
     """Held-out data is given, or split off, where validation is asked for."""
     config = situation.config
@@ -219,14 +241,28 @@ def faults(situation: Situation) -> Iterator[str]:
         )
 
 
+def profile(situation: Situation) -> Iterator[str]:
+    """The profile ends after it begins."""
+    logging = situation.config.logging
+    start, end = logging.profile_step_start, logging.profile_step_end
+    if end is not None and (start is None or end <= start):
+        yield (
+            f"logging.profile_step_end is {end} and profile_step_start {start}: profile from a "
+            "step to before a later one"
+        )
+
+
 RULES = (
     length,
     learning_rates,
     warmup,
     exit_signals,
     training_data,
+    packed_documents,
+    scan_of_documents,
     held_out_data,
     validation_lengths,
     checkpoints,
     faults,
+    profile,
 )

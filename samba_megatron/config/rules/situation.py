@@ -31,13 +31,17 @@ class Situation:
 
     @property
     def replica_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Ranks that work on one sequence together."""
         parallel = self.config.parallel
-        return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        return (
+            parallel.tensor_model_parallel_size
+            * parallel.pipeline_model_parallel_size
+            * parallel.context_parallel_size
+        )
 
     @property
     def data_parallel_size(self) -> int:
-        """Copies of the model; meaningful where the layout divides the world."""
+        """Groups of those, each with its own sequences; right where the layout fits the world."""
         return max(1, self.world_size // self.replica_size)
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
 from samba_megatron.model.layers.base import RowGroups, SavedActivations, linear_flops
-from samba_megatron.ops.cost import attended_pairs, conv_flops
+from samba_megatron.ops.cost import attended_pairs, attention_flops, conv_flops
 
 if TYPE_CHECKING:
     from samba_megatron.model.backend import Backend
@@ -33,14 +33,32 @@ class WindowedAttentionKind:
         taps = (heads + 2 * groups) * model.d_conv if model.short_convolution else 0
         return 2 * d * heads + 2 * d * groups + taps + d
 
+    def unsplit_parameters(self, model: ModelConfig) -> int:
+        """The norm."""
+        return model.hidden_size
+
+    def fp32_parameters(self, model: ModelConfig) -> int:
+        """None."""
+        return 0
+
     def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
         """Projections, and scores and values over the keys that a query sees on average."""
+        heads, groups = model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
+        taps = conv_flops(1, heads + 2 * groups, model.d_conv) if model.short_convolution else 0
+        core = self.recomputed_flops_per_token(model, sequence_length)
+        return self.linear_flops_per_token(model) + taps + core
+
+    def linear_flops_per_token(self, model: ModelConfig) -> float:
+        """The projections."""
         d = model.hidden_size
         heads, groups = model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
-        projections = linear_flops(d, heads + 2 * groups) + linear_flops(heads, d)
-        taps = conv_flops(1, heads + 2 * groups, model.d_conv) if model.short_convolution else 0
+        return linear_flops(d, heads + 2 * groups) + linear_flops(heads, d)
+
+    def recomputed_flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
+        """Scores and values: megatron computes attention without its projections again."""
         pairs = attended_pairs(sequence_length, self.window(model))
-        return projections + taps + 4 * heads * pairs / sequence_length
+        heads = model.num_attention_heads
+        return attention_flops(1, heads, model.head_dim, 1) * pairs / sequence_length
 
     def saved_activations(self, model: ModelConfig) -> SavedActivations:
         """The norm's input and output; queries, keys and values; the attention's output."""

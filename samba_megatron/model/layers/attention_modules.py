@@ -1,4 +1,10 @@
-"""Attention modules: megatron's self-attention with a short convolution, and the local core."""
+"""Attention modules: megatron's self-attention with a short convolution, and its two cores.
+
+A core is the softmax attention of given q, k and v: Transformer Engine's, or one of this project's
+kernels. Where documents stay apart or several ranks share a sequence, both are this project's:
+Transformer Engine knows documents only in a layout of its own, without a batch, and cuts a sequence
+into pieces in an order of its own.
+"""
 
 from typing import Any
 
@@ -10,10 +16,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from samba_megatron.model.layers.along_sequence import attend, convolve
 from samba_megatron.model.layers.mamba_mixer import ShardedParameters
+from samba_megatron.model.sequence import sequence_params
 from samba_megatron.model.transformer_config import SambaTransformerConfig
-from samba_megatron.ops.causal_conv1d import causal_conv1d
-from samba_megatron.ops.windowed_attention import windowed_attention
 
 
 class SambaSelfAttention(SelfAttention):
@@ -21,7 +27,7 @@ class SambaSelfAttention(SelfAttention):
 
     The convolution (``model.short_convolution``) is the Samba paper's variant for recall
     (section 3.4, phonebook): ``d_conv`` taps and SiLU, no bias, before the rotary embedding.
-    Channels follow the heads, so it needs no communication.
+    Channels follow the heads, so tensor parallelism needs no communication for it.
     """
 
     config: SambaTransformerConfig
@@ -39,6 +45,16 @@ class SambaSelfAttention(SelfAttention):
             )
             self.add_module(f"{name}_conv1d", taps)
 
+    def forward(
+        self,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As megatron's, which does not hand ``packed_seq_params`` to where q, k and v are made."""
+        self._sequence = sequence_params(packed_seq_params)
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """q [s, b, heads/tp, hd], k and v [s, b, groups/tp, hd]."""
         if not self.config.model.short_convolution:
@@ -48,11 +64,14 @@ class SambaSelfAttention(SelfAttention):
 
     def _convolve(self, x: Tensor, name: str) -> Tensor:
         taps = getattr(self, f"{name}_conv1d").weight
-        flat = causal_conv1d(
+        flat = convolve(
             x.flatten(2),
             taps,
             None,
-            backend=self.config.kernels.causal_conv1d,
+            self._sequence,
+            self.pg_collection.cp,
+            f"layer {self.layer_number} {name}_conv1d",
+            self.config.kernels.causal_conv1d,
         )
         return flat.view(x.shape)
 
@@ -79,10 +98,10 @@ class LocalCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.softmax_scale = softmax_scale
-        in_window = is_layer_window_attention(
-            config.window_size, config.window_attn_skip_freq, layer_number
-        )
-        self.window = config.model.window_size if in_window else None
+        self.layer_number = layer_number
+        self.window = layer_window(config, layer_number)
+        assert pg_collection is not None, "the core attention needs its process groups"
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -95,13 +114,24 @@ class LocalCoreAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """q [s, b, heads, hd], k and v [s, b, groups, hd] → [s, b, heads * hd]."""
-        if packed_seq_params is not None:
-            raise NotImplementedError("the local attention takes no packed sequences")
-        return windowed_attention(
+        sequence = sequence_params(packed_seq_params)
+        y = attend(
             query,
             key,
             value,
-            window=self.window,
-            scale=self.softmax_scale,
-            backend=self.config.kernels.windowed_attention,
+            sequence,
+            self.cp_group,
+            f"layer {self.layer_number} attention",
+            self.window,
+            self.softmax_scale,
+            self.config.kernels.windowed_attention,
         )
+        return y.contiguous()
+
+
+def layer_window(config: SambaTransformerConfig, layer_number: int) -> int | None:
+    """Keys that a query of this layer sees, itself included; None: all before it."""
+    in_window = is_layer_window_attention(
+        config.window_size, config.window_attn_skip_freq, layer_number
+    )
+    return config.model.window_size if in_window else None

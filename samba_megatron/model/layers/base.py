@@ -54,9 +54,26 @@ class LayerKind(Protocol):
         """Trainable numbers of one layer."""
         ...
 
+    def unsplit_parameters(self, model: ModelConfig) -> int:
+        """Those of them that every tensor-parallel rank holds whole."""
+        ...
+
+    def fp32_parameters(self, model: ModelConfig) -> int:
+        """Those that are fp32 whatever the dtype of the others."""
+        ...
+
     def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
         """Floating-point operations of the forward pass of one layer, a token of a sequence of
         ``sequence_length``; a multiply-add counts two. The backward pass does twice as many."""
+        ...
+
+    def linear_flops_per_token(self, model: ModelConfig) -> float:
+        """Of :meth:`flops_per_token`, those of the linears that FP8 computes."""
+        ...
+
+    def recomputed_flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
+        """Of :meth:`flops_per_token`, those that recomputing this layer kind alone
+        (``recompute_modules``) does again."""
         ...
 
     def saved_activations(self, model: ModelConfig) -> SavedActivations:

@@ -29,11 +29,27 @@ class MambaKind:
         projections = 2 * d * e + e * (r + 2 * n) + r * e + e * d
         return projections + e * (model.d_conv + 1) + e * n + e + e + d
 
+    def unsplit_parameters(self, model: ModelConfig) -> int:
+        """The norm."""
+        return model.hidden_size
+
+    def fp32_parameters(self, model: ModelConfig) -> int:
+        """A_log, D and dt_bias."""
+        return model.d_inner * (model.d_state + 2)
+
     def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
         """Matrix products, convolution and scan: linear in the sequence, so constant a token."""
         d, e, r, n = model.hidden_size, model.d_inner, model.resolved_dt_rank, model.d_state
         products = linear_flops(d, 2 * e) + linear_flops(e, r + 2 * n) + linear_flops(r, e)
         return products + linear_flops(e, d) + conv_flops(1, e, model.d_conv) + scan_flops(1, e, n)
+
+    def linear_flops_per_token(self, model: ModelConfig) -> float:
+        """The two large projections."""
+        return linear_flops(model.hidden_size, 3 * model.d_inner)
+
+    def recomputed_flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
+        """All between the two large projections."""
+        return self.flops_per_token(model, sequence_length) - self.linear_flops_per_token(model)
 
     def saved_activations(self, model: ModelConfig) -> SavedActivations:
         """The norm's input and output; x and z; the convolution's output, the step sizes and the

@@ -16,11 +16,16 @@ so their gradients are partial sums too. (A row-parallel linear there gives the 
 and wrong gradients.) It moves R + 2N numbers a token: 144 + 32 at Samba 1.3B, against d = 2304
 for a layer's other collectives.
 
+Context parallelism gives each rank a contiguous piece of the sequence: s is what a rank has of it,
+conv1d borrows the d_conv - 1 positions before it, and the scan's state is carried from rank to rank
+(:mod:`samba_megatron.ops.context_parallel`). Everything else is a position at a time.
+
 A_log, D, dt_bias, the softplus and the state are fp32 whatever the parameters' dtype; x_proj and
 dt_proj stay out of FP8.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,9 +45,9 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
+from samba_megatron.model.layers.along_sequence import convolve, scan
+from samba_megatron.model.sequence import SequenceParams, sequence_params
 from samba_megatron.model.transformer_config import SambaTransformerConfig
-from samba_megatron.ops.causal_conv1d import causal_conv1d
-from samba_megatron.ops.selective_scan import selective_scan
 
 
 @dataclass
@@ -103,7 +108,7 @@ class MambaMixer(ShardedParameters):
         submodules: in_proj and out_proj of the layer backend.
         d_model: width d.
         layer_number: global, from 1.
-        pg_collection: process groups; ``tp`` is used.
+        pg_collection: process groups; ``tp`` and ``cp`` are used.
     """
 
     def __init__(
@@ -125,6 +130,7 @@ class MambaMixer(ShardedParameters):
             tp,
             {"A_log": ((local, n), 0, torch.float32), "D": ((local,), 0, torch.float32)},
         )
+        self.cp_group = pg_collection.cp
         self.dt_rank, self.d_state = rank_dt, n
         self.layer_number = layer_number
         self.in_proj = build_module(
@@ -183,38 +189,48 @@ class MambaMixer(ShardedParameters):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, d] → ([s, b, d], None); [s/tp, b, d] under sequence parallelism."""
-        if packed_seq_params is not None:
-            raise NotImplementedError("the Mamba-1 mixer takes no packed sequences")
+        mix = partial(self.mix, sequence_params(packed_seq_params))
         xz, _ = self.in_proj(hidden_states)  # [s, b, 2E/tp]
         if self.config.recompute_mamba and self.training:
-            y = tensor_parallel.checkpoint(self.mix, False, xz)
+            y = tensor_parallel.checkpoint(mix, False, xz)
         else:
-            y = self.mix(xz)
+            y = mix(xz)
         return self.out_proj(y)
 
-    def mix(self, xz: Tensor) -> Tensor:
+    def mix(self, sequence: SequenceParams, xz: Tensor) -> Tensor:
         """All between the two large projections: [s, b, 2E/tp] → [s, b, E/tp].
 
         What ``recompute_modules: [mamba]`` computes again in the backward pass: everything but
-        the matrix products that cost.
+        the matrix products that cost. Where a document begins, the convolution and the state see
+        nothing of the one before.
         """
-        kernels = self.config.kernels
+        kernels, place = self.config.kernels, f"layer {self.layer_number}"
         x, z = xz.chunk(2, dim=-1)
-        x = causal_conv1d(x, self.conv1d.weight, self.conv1d.bias, backend=kernels.causal_conv1d)
+        x = convolve(
+            x,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            sequence,
+            self.cp_group,
+            f"{place} conv1d",
+            kernels.causal_conv1d,
+        )
         dt, b, c = self.project_to_dt_b_c(x)
-        y, _ = selective_scan(
+        return scan(
             x,
             F.linear(dt, self.dt_proj.weight),
             -torch.exp(self.A_log),
             b,
             c,
+            sequence,
+            self.cp_group,
+            f"{place} state",
             D=self.D,
             z=z,
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
             backend=kernels.selective_scan,
         )
-        return y
 
     def project_to_dt_b_c(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [s, b, E/tp] → dt [s, b, R], B and C [s, b, N], whole on every rank."""

@@ -21,9 +21,25 @@ class MLPKind:
         """Gate, up and down matrices, and the norm."""
         return 3 * model.hidden_size * model.ffn_hidden_size + model.hidden_size
 
+    def unsplit_parameters(self, model: ModelConfig) -> int:
+        """The norm."""
+        return model.hidden_size
+
+    def fp32_parameters(self, model: ModelConfig) -> int:
+        """None."""
+        return 0
+
     def flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
         """Three matrix products."""
         return 3 * linear_flops(model.hidden_size, model.ffn_hidden_size)
+
+    def linear_flops_per_token(self, model: ModelConfig) -> float:
+        """All of them."""
+        return self.flops_per_token(model, 1)
+
+    def recomputed_flops_per_token(self, model: ModelConfig, sequence_length: int) -> float:
+        """All of them: megatron computes the whole MLP again."""
+        return self.flops_per_token(model, sequence_length)
 
     def saved_activations(self, model: ModelConfig) -> SavedActivations:
         """The norm's input and output, gate and up, and their product."""
@@ -60,6 +76,8 @@ class MLPKind:
         from megatron.core.transformer.spec_utils import ModuleSpec
         from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+        from samba_megatron.model.layers.mlp_activation import SwiGLU
+
         return ModuleSpec(
             module=MLPLayer,
             submodules=TransformerLayerSubmodules(
@@ -67,7 +85,9 @@ class MLPKind:
                 mlp=partial(
                     MLP.as_mlp_submodule,
                     submodules=MLPSubmodules(
-                        linear_fc1=backend.norm_column_linear, linear_fc2=backend.row_linear
+                        linear_fc1=backend.norm_column_linear,
+                        linear_fc2=backend.row_linear,
+                        activation_func=SwiGLU,
                     ),
                 ),
                 mlp_bda=get_bias_dropout_add,

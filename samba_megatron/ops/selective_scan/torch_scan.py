@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from samba_megatron.ops.precision import accumulation_dtype
 from samba_megatron.ops.registry import ALL_DTYPES, CPU_AND_CUDA, Backend
+from samba_megatron.ops.selective_scan.carry import Carry
 from samba_megatron.ops.selective_scan.recurrence import Recurrence
 
 SOFTPLUS_THRESHOLD = 20.0
@@ -36,6 +37,7 @@ class _SelectiveScan(torch.autograd.Function):
         reset: Tensor | None,
         delta_softplus: bool,
         keep_starts: bool,
+        carry: Carry | None,
     ) -> tuple[Tensor, Tensor]:
         inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
         dtype = accumulation_dtype(*inputs)
@@ -44,13 +46,15 @@ class _SelectiveScan(torch.autograd.Function):
         start = recurrence.zero_state()
         if initial_state is not None:
             start.copy_(initial_state.transpose(1, 2))
+        if carry is not None:
+            start = carry(recurrence.total_decay(), recurrence.own_state(), False)
         y, final_state, starts = recurrence.forward(start, keep_starts)
         if D is not None:
             y.addcmul_(u.to(dtype), D.to(dtype))
         if z is not None:
             y.mul_(F.silu(z.to(dtype)))
         ctx.save_for_backward(*inputs, reset, *starts)
-        ctx.delta_softplus, ctx.dtype = delta_softplus, dtype
+        ctx.delta_softplus, ctx.dtype, ctx.carry = delta_softplus, dtype, carry
         return y.to(u.dtype), final_state.transpose(1, 2)
 
     @staticmethod
@@ -62,7 +66,10 @@ class _SelectiveScan(torch.autograd.Function):
         recurrence = _recurrence(step, u, A, B, C, reset)
         u_wide, dout = u.to(dtype), dout.to(dtype)
         dy = dout if z is None else dout * F.silu(z.to(dtype))
-        scan = recurrence.backward(starts, dy, dfinal.to(dtype).transpose(1, 2))
+        dfinal = dfinal.to(dtype).transpose(1, 2)
+        if ctx.carry is not None:
+            dfinal = ctx.carry(recurrence.total_decay(), recurrence.own_adjoint(dy), True)
+        scan = recurrence.backward(starts, dy, dfinal)
 
         dz = dD = None
         du = scan.step_input * step
@@ -78,7 +85,7 @@ class _SelectiveScan(torch.autograd.Function):
         dinitial = scan.initial_state.transpose(1, 2)
         inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
         gradients = (du, ddelta, scan.A.t(), scan.B, scan.C, dD, dz, dbias, dinitial)
-        return (*map(_as_gradient_of, inputs, gradients), None, None, None)
+        return (*map(_as_gradient_of, inputs, gradients), None, None, None, None)
 
 
 def _recurrence(
@@ -131,13 +138,17 @@ def selective_scan_torch(
     delta_softplus: bool = True,
     initial_state: Tensor | None = None,
     reset: Tensor | None = None,
+    carry: Carry | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`~samba_megatron.ops.selective_scan.reference.selective_scan_reference`."""
+    """As :func:`~samba_megatron.ops.selective_scan.reference.selective_scan_reference`.
+
+    With a `carry`, that gives the initial state; the final state then has no gradient.
+    """
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     keep_starts = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in inputs
     )
-    return _SelectiveScan.apply(*inputs, reset, delta_softplus, keep_starts)
+    return _SelectiveScan.apply(*inputs, reset, delta_softplus, keep_starts, carry)
 
 
 BACKEND = Backend(
@@ -145,5 +156,5 @@ BACKEND = Backend(
     load=lambda: selective_scan_torch,
     devices=CPU_AND_CUDA,
     dtypes=ALL_DTYPES,
-    features=frozenset({"initial_state", "final_state", "final_state_gradient", "reset"}),
+    features=frozenset({"initial_state", "final_state", "final_state_gradient", "reset", "carry"}),
 )

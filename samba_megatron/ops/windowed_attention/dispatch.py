@@ -3,10 +3,17 @@
 from torch import Tensor
 
 from samba_megatron.ops.registry import AUTO, Operation, Request
-from samba_megatron.ops.windowed_attention import flash_attn, reference, torch_attention
+from samba_megatron.ops.windowed_attention import (
+    flash_attn,
+    reference,
+    torch_attention,
+    transformer_engine,
+)
+from samba_megatron.ops.windowed_attention.packing import PackedDocuments
 
 WINDOWED_ATTENTION = Operation(
-    "windowed_attention", [flash_attn.BACKEND, torch_attention.BACKEND, reference.BACKEND]
+    "windowed_attention",
+    [transformer_engine.BACKEND, flash_attn.BACKEND, torch_attention.BACKEND, reference.BACKEND],
 )
 
 
@@ -17,6 +24,7 @@ def windowed_attention(
     window: int | None = None,
     scale: float | None = None,
     reset: Tensor | None = None,
+    packed: PackedDocuments | None = None,
     backend: str = AUTO,
 ) -> Tensor:
     """Causal self-attention in which each query sees its `window` latest keys, itself included.
@@ -30,6 +38,8 @@ def windowed_attention(
             `window_size=(2047, 0)`); None for all before it.
         scale: factor on the scores; 1/√hd when absent.
         reset: bool [t, b], True where a document starts: nothing before it is attended to.
+        packed: the same documents as :func:`~.packing.pack_documents` gives them; a kernel that
+            wants them so makes them itself when absent, and waits for the device.
         backend: a backend's name, or "auto" for the fastest that can run this call.
 
     Returns:
@@ -39,17 +49,26 @@ def windowed_attention(
         ValueError: shapes do not fit together, or the window is not positive.
         UserError: the named backend is unknown or cannot run this call.
     """
-    _check(q, k, v, window, reset)
+    _check(q, k, v, window, reset, packed)
+    features = {"reset": reset is not None, "halo": k.shape[0] > q.shape[0]}
     request = Request(
         device=q.device.type,
         dtype=q.dtype,
-        features=frozenset() if reset is None else frozenset({"reset"}),
+        features=frozenset(name for name, used in features.items() if used),
         sizes={"head_dim": q.shape[3]},
     )
-    return WINDOWED_ATTENTION.choose(backend, request).run(q, k, v, window, scale, reset)
+    chosen = WINDOWED_ATTENTION.choose(backend, request)
+    return chosen.run(q, k, v, window, scale, reset, packed)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, reset: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    reset: Tensor | None,
+    packed: PackedDocuments | None,
+) -> None:
     """Raises ValueError for a call that no backend could make sense of."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
@@ -62,3 +81,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, reset: Tensor | 
         raise ValueError(f"window must be at least 1, not {window}")
     if reset is not None and reset.shape != k.shape[:2]:
         raise ValueError(f"reset must be {list(k.shape[:2])}, not {list(reset.shape)}")
+    if packed is not None and reset is None:
+        raise ValueError("packed says of reset's documents how they lie, and there is no reset")

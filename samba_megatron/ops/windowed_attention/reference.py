@@ -8,6 +8,7 @@ from torch import Tensor
 from samba_megatron.ops.precision import accumulation_dtype
 from samba_megatron.ops.registry import ALL_DTYPES, CPU_AND_CUDA, Backend
 from samba_megatron.ops.windowed_attention.mask import attention_mask, document_numbers
+from samba_megatron.ops.windowed_attention.packing import PackedDocuments
 
 
 def windowed_attention_reference(
@@ -17,6 +18,7 @@ def windowed_attention_reference(
     window: int | None = None,
     scale: float | None = None,
     reset: Tensor | None = None,
+    packed: PackedDocuments | None = None,
 ) -> Tensor:
     """Causal attention within a window, scores and softmax in at least fp32.
 
@@ -29,6 +31,7 @@ def windowed_attention_reference(
             `window_size=(2047, 0)`); None for all before it.
         scale: factor on the scores; 1/√hd when absent.
         reset: bool [t, b], True where a document starts: nothing before it is attended to.
+        packed: of no use to a mask.
 
     Returns:
         [s, b, heads·hd] in q's dtype.
@@ -53,5 +56,5 @@ BACKEND = Backend(
     load=lambda: windowed_attention_reference,
     devices=CPU_AND_CUDA,
     dtypes=ALL_DTYPES,
-    features=frozenset({"reset"}),
+    features=frozenset({"reset", "halo"}),
 )

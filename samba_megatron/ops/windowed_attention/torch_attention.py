@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from samba_megatron.ops.precision import accumulation_dtype
 from samba_megatron.ops.registry import ALL_DTYPES, CPU_AND_CUDA, Backend
 from samba_megatron.ops.windowed_attention.mask import attention_mask, document_numbers
+from samba_megatron.ops.windowed_attention.packing import PackedDocuments
 
 MIN_QUERY_BLOCK = 128
 """Fewest queries a block: below it the calls cost more than the masked-out pairs they save."""
@@ -28,6 +29,7 @@ def windowed_attention_torch(
     window: int | None = None,
     scale: float | None = None,
     reset: Tensor | None = None,
+    packed: PackedDocuments | None = None,
 ) -> Tensor:
     """As :func:`~samba_megatron.ops.windowed_attention.reference.windowed_attention_reference`."""
     length, batch, heads, head_dim = q.shape
@@ -96,5 +98,5 @@ BACKEND = Backend(
     load=lambda: windowed_attention_torch,
     devices=CPU_AND_CUDA,
     dtypes=ALL_DTYPES,
-    features=frozenset({"reset"}),
+    features=frozenset({"reset", "halo"}),
 )

@@ -4,7 +4,8 @@ They read Megatron's [time, batch, channel] as it lies (halves of one tensor inc
 softplus, skip and gate on the way, and keep only the state before each chunk of 32 steps for the
 backward, as much memory as one activation in half precision. Nothing is accumulated with atomics:
 the same call gives the same bits. A card with more room than a batch has channels is filled by
-cutting time into segments (see `layout.divide`).
+cutting time into segments (see `layout.divide`). Where other ranks hold the time before and after
+(`carry`), each segment is a rank's: the same two passes, with messages in between.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from samba_megatron.ops.registry import CUDA_ONLY, FLOAT_DTYPES, Backend, Request
+from samba_megatron.ops.selective_scan.carry import Carry
 from samba_megatron.ops.selective_scan.fused.layout import (
     THREADS,
     BackwardArguments,
@@ -137,6 +139,7 @@ def _run_segments(
     x: Tensor,
     projection: Tensor,
     outer: Tensor | None,
+    carry: Carry | None,
 ) -> Tensor:
     """What enters each segment [segment, batch, channel, state].
 
@@ -146,12 +149,14 @@ def _run_segments(
         x: u, or the gradient of the output.
         projection: B, or C.
         outer: what enters the first segment [batch, channel, state], or None for zeros.
+        carry: says what enters the first segment.
     """
     (plan, blocks), (batch, channels) = division, x.shape[1:]
+    backward_in_time = kernel == "scan_adjoint_segments"
     states = kernels.variant.states
     local = _floats(x, plan.segments, batch, channels, states)
     total_step = _floats(x, plan.segments, batch, channels)
-    carry = _floats(x, _jobs(plan), kernels.variant.forward_carry, THREADS)
+    handed_over = _floats(x, _jobs(plan), kernels.variant.forward_carry, THREADS)
     flags = _flags(plan, x)
     arguments = ForwardArguments(
         plan=plan,
@@ -165,16 +170,19 @@ def _run_segments(
         reset=_pointer(a.reset),
         end=_pointer(local),
         total_step=_pointer(total_step),
-        carry=_pointer(carry),
+        carry=_pointer(handed_over),
         flags=_pointer(flags),
     )
     kernels.launch(kernel, blocks, arguments)
+    if carry is not None:
+        decay, state = _whole(local, total_step, a.A, backward_in_time)
+        outer = carry(decay, state, backward_in_time).contiguous()
     start = torch.empty_like(local)
     combine = CombineArguments(
         segments=plan.segments,
         batch=batch,
         channels=channels,
-        backward_in_time=kernel == "scan_adjoint_segments",
+        backward_in_time=backward_in_time,
         A=_pointer(a.A),
         outer=_pointer(outer),
         local=_pointer(local),
@@ -185,8 +193,24 @@ def _run_segments(
     return start
 
 
+def _whole(
+    local: Tensor, total_step: Tensor, A: Tensor, backward_in_time: bool
+) -> tuple[Tensor, Tensor]:
+    """Decay and state of all segments together [batch, channel, state], from each one's own."""
+
+    def decay_of(step: Tensor) -> Tensor:
+        decay = torch.exp(step.unsqueeze(-1) * A)
+        return decay.masked_fill_(step.isinf().unsqueeze(-1), 0.0)  # a document starts there
+
+    order = range(local.shape[0])
+    state = torch.zeros_like(local[0])
+    for segment in reversed(order) if backward_in_time else order:
+        state = torch.addcmul(local[segment], decay_of(total_step[segment]), state)
+    return decay_of(total_step.sum(0)), state
+
+
 def run_forward(
-    kernels: Kernels, a: Arguments, keep_checkpoints: bool
+    kernels: Kernels, a: Arguments, keep_checkpoints: bool, carry: Carry | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The output [L, b, E], the final state [b, E, N] and the states before each chunk."""
     length, batch, channels = a.u.shape
@@ -194,14 +218,14 @@ def run_forward(
     division = _division(kernels, "scan_forward", a, SPLIT_FORWARD_BELOW)
     plan, blocks = division
     start = a.initial_state
-    if plan.segments > 1:
-        start = _run_segments(kernels, "scan_segments", division, a, a.u, a.B, start)
+    if plan.segments > 1 or carry is not None:
+        start = _run_segments(kernels, "scan_segments", division, a, a.u, a.B, start, carry)
     y = torch.empty((length, batch, channels), dtype=a.u.dtype, device=a.u.device)
     final_state = _floats(y, batch, channels, variant.states)
     checkpoints = (
         _floats(y, plan.chunks, batch, channels, variant.states) if keep_checkpoints else None
     )
-    carry = _floats(y, _jobs(plan), variant.forward_carry, THREADS)
+    handed_over = _floats(y, _jobs(plan), variant.forward_carry, THREADS)
     flags = _flags(plan, y)
     arguments = ForwardArguments(
         plan=plan,
@@ -210,7 +234,7 @@ def run_forward(
         y=_pointer(y),
         checkpoints=_pointer(checkpoints),
         end=_pointer(final_state),
-        carry=_pointer(carry),
+        carry=_pointer(handed_over),
         flags=_pointer(flags),
     )
     kernels.launch("scan_forward", blocks, arguments)
@@ -244,22 +268,25 @@ def run_backward(
     checkpoints: Tensor,
     dy: Tensor,
     dfinal: Tensor | None,
+    carry: Carry | None = None,
 ) -> Gradients:
-    """All gradients, from those of the output [L, b, E] and of the final state [b, E, N]."""
+    """All gradients, from those of the output [L, b, E] and of the final state [b, E, N]; with a
+    carry, from what that brings in the latter's place."""
     length, batch, channels = a.u.shape
     variant = kernels.variant
     division = _division(kernels, "scan_backward", a, SPLIT_BACKWARD_BELOW)
     plan, blocks = division
     dend = dfinal
-    if plan.segments > 1:
-        dend = _run_segments(kernels, "scan_adjoint_segments", division, a, dy, a.C, dfinal)
+    if plan.segments > 1 or carry is not None:
+        kernel = "scan_adjoint_segments"
+        dend = _run_segments(kernels, kernel, division, a, dy, a.C, dfinal, carry)
     du, ddelta = (torch.empty_like(dy, memory_format=torch.contiguous_format) for _ in range(2))
     dz = None if a.z is None else torch.empty_like(du)
     dprojections = _floats(dy, plan.channel_blocks, length, batch, 2 * variant.states)
     dA = _floats(dy, plan.segments * batch, channels, variant.states)
     dD, dbias = (_floats(dy, plan.segments * batch, channels) for _ in range(2))
     dinitial = _floats(dy, batch, channels, variant.states)
-    carry = _floats(dy, _jobs(plan), variant.backward_carry, THREADS)
+    handed_over = _floats(dy, _jobs(plan), variant.backward_carry, THREADS)
     flags = _flags(plan, dy)
     arguments = BackwardArguments(
         plan=plan,
@@ -275,7 +302,7 @@ def run_backward(
         dD=_pointer(dD),
         dbias=_pointer(dbias),
         dstart=_pointer(dinitial),
-        carry=_pointer(carry),
+        carry=_pointer(handed_over),
         flags=_pointer(flags),
     )
     kernels.launch("scan_backward", blocks, arguments)
@@ -298,14 +325,14 @@ def _reduce(kernels: Kernels, plan: Plan, parts: Tensor, dB: Tensor, dC: Tensor)
 class _FusedScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, keep: bool, *tensors: Tensor | None
+        ctx: Any, kernels: Kernels, keep: bool, carry: Carry | None, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         given = Arguments(*tensors)  # type: ignore[arg-type]
         a = prepare(given)
-        y, final_state, checkpoints = run_forward(kernels, a, keep)
+        y, final_state, checkpoints = run_forward(kernels, a, keep, carry)
         if keep:
             ctx.save_for_backward(*a, checkpoints)
-            ctx.kernels = kernels
+            ctx.kernels, ctx.carry = kernels, carry
             ctx.dtypes = [None if t is None else t.dtype for t in tensors]
             ctx.set_materialize_grads(False)
         return y.to(given.u.dtype), final_state
@@ -318,26 +345,28 @@ class _FusedScan(torch.autograd.Function):
         dy = torch.zeros_like(a.u) if dy is None else _rows(dy.to(a.u.dtype))
         dfinal = None if dfinal is None else dfinal.float().contiguous()
         with _device_of(a.u):
-            gradients = run_backward(ctx.kernels, a, checkpoints, dy, dfinal)
+            gradients = run_backward(ctx.kernels, a, checkpoints, dy, dfinal, ctx.carry)
         cast = [
             None if dtype is None or gradient is None else gradient.to(dtype)
             for dtype, gradient in zip(ctx.dtypes, gradients, strict=False)
         ]
-        return (None, None, *cast, None)
+        return (None, None, None, *cast, None)
 
 
 def _device_of(tensor: Tensor) -> torch.cuda.device:
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
-def fused_scan(kernels: Kernels, arguments: Arguments) -> tuple[Tensor, Tensor]:
+def fused_scan(
+    kernels: Kernels, arguments: Arguments, carry: Carry | None = None
+) -> tuple[Tensor, Tensor]:
     """The scan by given kernels, which must be those of a variant that fits the arguments."""
     u = arguments.u
     if u.numel() == 0:
         raise ValueError(f"the fused scan needs a position, a sequence and a channel: {u.shape}")
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments)
     with _device_of(u):
-        y, final_state = _FusedScan.apply(kernels, keep, *arguments)
+        y, final_state = _FusedScan.apply(kernels, keep, carry, *arguments)
     return y, final_state
 
 
@@ -353,8 +382,12 @@ def selective_scan_fused(
     delta_softplus: bool = True,
     initial_state: Tensor | None = None,
     reset: Tensor | None = None,
+    carry: Carry | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`~samba_megatron.ops.selective_scan.reference.selective_scan_reference`."""
+    """As :func:`~samba_megatron.ops.selective_scan.reference.selective_scan_reference`.
+
+    With a `carry`, that gives the initial state; the final state then has no gradient.
+    """
     from samba_megatron.ops.selective_scan.fused.device import device_kernels
 
     arguments = Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, reset)
@@ -365,7 +398,7 @@ def selective_scan_fused(
         delta_softplus,
         u.get_device(),
     )
-    return fused_scan(kernels, arguments)
+    return fused_scan(kernels, arguments, carry)
 
 
 def _load() -> Any:
@@ -388,6 +421,6 @@ BACKEND = Backend(
     load=_load,
     devices=CUDA_ONLY,
     dtypes=FLOAT_DTYPES,
-    features=frozenset({"initial_state", "final_state", "final_state_gradient", "reset"}),
+    features=frozenset({"initial_state", "final_state", "final_state_gradient", "reset", "carry"}),
     refuses=_refuses,
 )

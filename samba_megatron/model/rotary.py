@@ -1,0 +1,38 @@
+"""The rotary embedding of a contiguous piece of the sequence."""
+
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class ShardedRotaryEmbedding(RotaryEmbedding):
+    """megatron's, for the piece of the sequence that a context-parallel rank has.
+
+    megatron's own gives each rank one piece from the front and one from the back, so that causal
+    attention without a window costs all of them the same; a scan and a window want one piece, in
+    the order of the ranks.
+    """
+
+    start = 0
+    """First position of what the model is given, where that is a piece of a sequence."""
+
+    def forward(
+        self,
+        max_seq_len: int,
+        offset: int = 0,
+        packed_seq: bool = False,
+        cp_group: ProcessGroup | None = None,
+    ) -> Tensor:
+        """Angles of this rank's positions, [max_seq_len / ranks, 1, 1, kv_channels].
+
+        Args:
+            max_seq_len: length of the whole sequence.
+            offset: of its first position.
+            packed_seq: must be false.
+            cp_group: the ranks that share the sequence, where they are not those it was built with.
+        """
+        if packed_seq:
+            raise NotImplementedError("sequences in Megatron's packed format are not cut in pieces")
+        group = cp_group or self.cp_group
+        own = max_seq_len // group.size()
+        return self.get_emb(own, self.start + offset + group.rank() * own)

@@ -1,0 +1,105 @@
+"""What the layers know of their sequences besides the hidden states: where documents begin.
+
+Megatron hands one object from the model to every layer, whatever is recomputed on the way: the
+argument ``packed_seq_params``. Ours takes that way. Its format is not Megatron's packed one ("thd",
+one row of documents without a batch): hidden states stay [s, b, h], and Megatron's own code reads
+nothing of it but the length of the sequence, for the rotary embedding.
+
+Rotary positions count from the start of the sequence, not of the document: attention sees only
+their differences.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from samba_megatron.ops.continued import Past
+from samba_megatron.ops.windowed_attention.packing import PackedDocuments, pack_documents
+
+
+@dataclass
+class SequenceParams(PackedSeqParams):
+    """The sequences of one micro-batch.
+
+    ``max_seqlen_q`` and ``max_seqlen_kv``, which Megatron's rotary embedding reads, are the length
+    of the whole sequence, before tensor parallelism or anything else divides it.
+    """
+
+    reset: Tensor | None = None
+    """bool [s, b], True where a document begins and nothing before it may be seen. Of the whole
+    sequence on every rank, however sequence and context parallelism divide the hidden states."""
+
+    past: Past | None = None
+    """What precedes these positions, where a sequence is computed piece by piece."""
+
+    document_start: Tensor | None = None
+    """The same on the CPU, [b, s]: what makes something of it there need not wait for a device."""
+
+    _packed: dict[tuple[int, int, int], PackedDocuments] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.qkv_format is not None:
+            raise ValueError(f"sequences lie as [s, b, h], not in the format {self.qkv_format}")
+
+    def packed(self, keys: slice, queries: int) -> PackedDocuments | None:
+        """Documents end to end, for attention kernels that want them so; made once for all layers.
+
+        Args:
+            keys: positions of the keys.
+            queries: how many of them, the last ones, are queries'.
+        """
+        if self.document_start is None or self.reset is None:
+            return None
+        stretch = (keys.start, keys.stop, queries)
+        if stretch not in self._packed:
+            documents = pack_documents(self.document_start.t()[keys], queries)
+            self._packed[stretch] = documents.to(self.reset.device)
+        return self._packed[stretch]
+
+
+def documents_apart(document_start: Tensor, device: torch.device | str) -> SequenceParams:
+    """The sequences of a batch whose documents must not see each other.
+
+    Args:
+        document_start: bool [b, s], True at the first token of a document. Where it lies on the
+            CPU, nothing here waits for ``device``.
+        device: where the layers compute.
+    """
+    reset = document_start.t()
+    length = reset.shape[0]
+    return SequenceParams(
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+        reset=reset.to(device, non_blocking=True).contiguous(),
+        document_start=document_start,
+    )
+
+
+def piece_of(sequence: SequenceParams | None, length: int, past: Past) -> SequenceParams:
+    """A piece of a sequence.
+
+    Args:
+        sequence: where the whole one's documents begin; None: it is one.
+        length: of the piece.
+        past: where it lies and what precedes it.
+    """
+    whole = sequence or SequenceParams()
+    return SequenceParams(
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+        reset=whole.reset,
+        past=past,
+        document_start=whole.document_start,
+    )
+
+
+def sequence_params(packed_seq_params: PackedSeqParams | None) -> SequenceParams:
+    """A layer's argument ``packed_seq_params`` as ours; without one, one long document."""
+    if packed_seq_params is None:
+        return SequenceParams()
+    if not isinstance(packed_seq_params, SequenceParams):
+        raise NotImplementedError("these layers take no sequences in Megatron's packed format")
+    return packed_seq_params

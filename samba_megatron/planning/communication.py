@@ -1,0 +1,140 @@
+"""What a step sends over each link, and how long that takes: tensor, context, pipeline, data.
+
+Ring collectives: a rank sends (n - 1) / n of the data for a gather or a scatter, twice that for an
+all-reduce. Megatron numbers ranks tensor-parallel first, then context, data and pipeline: groups
+within a node's GPUs use NVLink, the others the network.
+"""
+
+from dataclasses import dataclass
+
+from samba_megatron.planning.layout import Layout
+from samba_megatron.platform.hardware import Gpu
+
+_BUCKET = 40_000_000
+"""Parameters of a gradient bucket in megatron: the last one's reduction cannot be hidden."""
+_LATENCY = 15e-6
+"""Seconds of a small collective or message."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What one kind of parallelism sends, of one rank in one step."""
+
+    name: str
+    link: str
+    """``NVLink`` or ``network``."""
+    bytes: float
+    seconds: float
+    """Sending it all."""
+    exposed_seconds: float
+    """Of that, not hidden behind computation."""
+
+
+def link_of(gpu: Gpu, span: int) -> tuple[str, float]:
+    """(name, bytes/s reached) of the link that a group needs whose ranks span so many devices."""
+    if span <= gpu.node_gpus:
+        return "NVLink", gpu.nvlink * 1e9 * gpu.achieved.nvlink
+    return "network", gpu.network * 1e9 * gpu.achieved.network
+
+
+def tensor_layer(layout: Layout, gpu: Gpu, symbol: str) -> tuple[float, float, float]:
+    """(bytes, seconds forward, seconds backward) of a layer's collectives for one micro-batch.
+
+    With sequence parallelism a gather and a scatter forward, and backward these and the gather of
+    the input once more; without, an all-reduce each way. Mamba sums x_proj's result each way.
+    """
+    ranks = layout.tensor
+    if ranks == 1:
+        return 0.0, 0.0, 0.0
+    model = layout.config.model
+    share, rate = (ranks - 1) / ranks, link_of(gpu, ranks)[1]
+    stream = layout.tokens * model.hidden_size * layout.element * share
+    forward = 2 * stream
+    backward = (3 if layout.config.parallel.sequence_parallel else 2) * stream
+    extra, calls = 0.0, 5
+    if symbol == "M":
+        width = model.resolved_dt_rank + 2 * model.d_state
+        extra, calls = 2 * layout.tokens * width * layout.element * share, 7
+    latency = calls * _LATENCY / 2
+    return (
+        forward + backward + 2 * extra,
+        (forward + extra) / rate + latency,
+        (backward + extra) / rate + latency,
+    )
+
+
+def context_layer(layout: Layout, gpu: Gpu, symbol: str) -> tuple[float, float, float]:
+    """(bytes, seconds forward, seconds backward) of a layer's exchange along the sequence.
+
+    Attention passes keys and values around the ring, and backward their gradients too; in a window
+    that ends within the neighbour's part, the neighbour's alone. Mamba hands on its states.
+    """
+    ranks = layout.context
+    if ranks == 1 or symbol == "-":
+        return 0.0, 0.0, 0.0
+    model, rate = layout.config.model, link_of(gpu, layout.tensor * ranks)[1]
+    if symbol == "M":
+        sequences = layout.config.training.micro_batch_size
+        state = sequences * model.d_inner // layout.tensor * (model.d_state + model.d_conv) * 4
+        return 2.0 * state, state / rate + ranks * _LATENCY, state / rate + ranks * _LATENCY
+    part = layout.config.data.sequence_length // ranks
+    reach = ranks - 1
+    if symbol == "*" and model.window_size is not None:
+        reach = min(reach, -(-model.window_size // part))
+    own = 2 * layout.tokens * model.kv_heads * model.head_dim * layout.element / layout.tensor
+    forward, backward = own * reach, 2 * own * reach
+    latency = reach * _LATENCY
+    return forward + backward, forward / rate + latency, backward / rate + latency
+
+
+def pipeline_message(layout: Layout, gpu: Gpu) -> tuple[float, float]:
+    """(bytes, seconds) of handing a micro-batch to the next stage, which is on another node
+    wherever a stage's ranks fill one."""
+    if layout.pipeline == 1:
+        return 0.0, 0.0
+    size = layout.tokens * layout.config.model.hidden_size * layout.element / layout.sequence_split
+    return size, size / link_of(gpu, layout.world_size)[1] + _LATENCY
+
+
+def pipeline_transfer(layout: Layout, gpu: Gpu) -> Transfer:
+    """All messages of a step, each way; the interleaved schedule hides them but at its ends."""
+    size, seconds = pipeline_message(layout, gpu)
+    number = 2 * layout.micro_batches * layout.virtual if size else 0
+    waits = 2 * (layout.pipeline - 1) + (number if layout.virtual == 1 else 0)
+    name = link_of(gpu, layout.world_size)[0]
+    return Transfer("pipeline", name, size * number, seconds * number, seconds * waits)
+
+
+def data_transfer(
+    layout: Layout, gpu: Gpu, parameters: int, forward: float, backward: float
+) -> Transfer:
+    """Gradients scattered, updated parameters gathered, over the ranks of the optimizer.
+
+    Args:
+        layout: the layout.
+        gpu: the devices.
+        parameters: of a rank.
+        forward: seconds of a micro-batch's forward pass, behind which the gather hides.
+        backward: of its backward pass, behind which the scatter hides.
+    """
+    ranks, parallel = layout.optimizer_ranks, layout.config.parallel
+    link, rate = link_of(gpu, layout.tensor * ranks)
+    gradient = 4 if layout.config.precision.accumulate_allreduce_grads_in_fp32 else 2
+    share = (ranks - 1) / ranks
+    scatter = gradient * parameters * share / rate
+    gather = layout.element * parameters * share / rate
+    last = min(_BUCKET / max(parameters, 1), 1.0) if ranks > 1 else 0.0
+    hidden = min(scatter * (1 - last), backward) if parallel.overlap_grad_reduce else 0.0
+    hidden += min(gather * (1 - last), forward) if parallel.overlap_param_gather else 0.0
+    seconds = scatter + gather
+    size = (gradient + layout.element) * parameters * share
+    return Transfer("data", link, size, seconds, seconds - hidden)
+
+
+def embedding_seconds(layout: Layout, gpu: Gpu) -> float:
+    """The gradients of a tied matrix, summed over the first and the last stage."""
+    model = layout.config.model
+    if layout.pipeline == 1 or not model.share_embeddings_and_output_weights:
+        return 0.0
+    size = 4 * model.vocab_size * model.hidden_size // layout.tensor
+    return size / link_of(gpu, layout.world_size)[1]

@@ -1,0 +1,122 @@
+"""Documents of a packed sample stay apart: bits, layouts, and each document as if alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from samba_megatron.config import ParallelConfig
+from samba_megatron.model.samba import build_model
+from samba_megatron.model.sequence import SequenceParams, documents_apart, sequence_params
+from samba_megatron.platform import distributed
+from tests.model.documents_ranks import FULL, LAYOUTS, SELECTIVE, layout, try_layout
+from tests.model.isolation import (
+    LENGTH,
+    MICRO_BATCHES,
+    REFERENCE,
+    SEQUENCES,
+    TORCH,
+    VOCABULARY,
+    Packing,
+    Trial,
+    packings,
+    toy_run,
+)
+
+pytestmark = pytest.mark.timeout(600)
+
+HERE = Path(__file__).parent
+PACKING = Packing(((20,), (), (70,), ()), sequence=0, position=19)
+"""The last token before a document is changed."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    """Ends what the tests began."""
+    yield
+    distributed.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("examples", "kernels", "parallel"),
+    [
+        (8, TORCH, ParallelConfig()),
+        (4, TORCH, ParallelConfig(**FULL)),
+        (4, TORCH, ParallelConfig(**SELECTIVE)),
+        (2, REFERENCE, ParallelConfig()),
+    ],
+    ids=["torch", "full recomputation", "selective recomputation", "reference"],
+)
+def test_a_document_does_not_touch_another(examples, kernels, parallel):
+    """Not a bit of outputs, losses and gradients, on one process."""
+    try_layout(examples, kernels, parallel)
+
+
+def test_a_document_touches_another_where_nobody_says_that_it_must_not():
+    """The trial finds what leaks."""
+    with layout(ParallelConfig()):
+        (leaks,) = Trial(toy_run(TORCH, ParallelConfig())).leaks(PACKING, apart=False)
+    for found in ("outputs", "gradients of the tokens", "gradient of 0.decoder.layers.0.mixer.D"):
+        assert found in leaks
+
+
+def test_a_document_does_not_touch_another_in_any_layout(tmp_path):
+    """Tensor, sequence and pipeline parallelism, with recomputation."""
+    program = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
+    with open(tmp_path / "log", "w") as log:
+        result = subprocess.run(
+            [*program, "--nproc-per-node", "4", str(HERE / "documents_ranks.py")],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)},
+            stdout=log,
+            stderr=log,
+            timeout=580,
+        )
+    said = (tmp_path / "log").read_text()
+    assert result.returncode == 0, said.split("failed (exitcode:")[0][-6000:]
+    held = [line.removeprefix("=== ") for line in said.splitlines() if line.startswith("===")]
+    assert held == list(LAYOUTS)
+
+
+def test_a_packed_document_is_the_document_alone():
+    """Losses in fp64, for any packing: as if each document had the model to itself."""
+    with layout(ParallelConfig()), torch.no_grad():
+        chunk: Any = build_model(toy_run(TORCH, ParallelConfig()), "local")[0].double()
+        # megatron computes the angles of the rotary embedding in fp32: positions would round apart.
+        chunk.rotary_pos_emb.inv_freq = chunk.rotary_pos_emb.inv_freq.double()
+        chunk.config.params_dtype = torch.float64
+        generator = torch.Generator().manual_seed(5)
+        shape = (SEQUENCES * MICRO_BATCHES, LENGTH)
+        tokens, labels = (
+            torch.randint(0, VOCABULARY, shape, generator=generator) for _ in range(2)
+        )
+
+        @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+        @given(packings())
+        def hold(packing: Packing) -> None:
+            start = packing.document_start()
+            packed = chunk(
+                tokens, None, None, labels=labels, packed_seq_params=documents_apart(start, "cpu")
+            )
+            for row in range(len(tokens)):
+                firsts = start[row].nonzero().flatten().tolist()
+                for first, last in zip(firsts, [*firsts[1:], LENGTH], strict=True):
+                    own = (slice(row, row + 1), slice(first, last))
+                    alone = chunk(tokens[own], None, None, labels=labels[own])
+                    assert (packed[own] - alone).abs().max() < 1e-12
+
+        hold()
+
+
+def test_what_is_not_a_sequence_of_ours_is_refused():
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    with pytest.raises(NotImplementedError, match="Megatron's packed format"):
+        sequence_params(PackedSeqParams(qkv_format="thd"))
+    with pytest.raises(ValueError, match="not in the format thd"):
+        SequenceParams(qkv_format="thd")
+    assert sequence_params(None).reset is None

@@ -1,0 +1,32 @@
+"""The list of cases that the planner is checked against: each can be run, mistakes are named."""
+
+import argparse
+import runpy
+from pathlib import Path
+
+import pytest
+
+from samba_megatron.config.load import parse_run_config
+from samba_megatron.platform.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TOOL = runpy.run_path(str(ROOT / "tools" / "measure_training.py"))
+
+
+def read(path: Path) -> list:
+    return TOOL["read_cases"](argparse.Namespace(recipes=None, cases=path))
+
+
+def test_the_cases_are_runs() -> None:
+    cases = read(ROOT / "tools" / "measured_cases.yaml")
+    assert len(set(cases)) == len(cases) >= 14
+    for case in cases:
+        words = ["--config", case.recipe, *TOOL["PRECISIONS"][case.precision], *case.overrides]
+        assert parse_run_config(words).name == case.recipe
+
+
+def test_an_unknown_word_is_named(tmp_path: Path) -> None:
+    wrong = tmp_path / "cases.yaml"
+    wrong.write_text("- {recipe: samba_421m, micro_batch: 8}\n")
+    with pytest.raises(UserError, match="micro_batch is not known: a case has .*micro_batch_size"):
+        read(wrong)
