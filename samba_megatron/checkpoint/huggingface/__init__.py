@@ -8,7 +8,9 @@
 - ``export``, ``importing``: the two directions;
 - ``parity``, ``parity_sides``: whether an export is the same model;
 - ``folders``, ``progress``: what both directions need;
-- ``shipped/``: configuration and model for transformers. Never imported by the package itself.
+- ``quantizing``, ``quantized``: a quantised export, made and read back;
+- ``shipped/``: configuration and model for transformers. Of the package only the evaluation
+  imports it.
 
 No process group is started and megatron is not imported, but by parity, in a process of its own.
 """

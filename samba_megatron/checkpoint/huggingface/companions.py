@@ -17,7 +17,7 @@ SHIPPED = (
     "cache_samba.py",
     "operations_samba.py",
 )
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -27,6 +27,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+"""What a tokenizer's folder may hold."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TokenizerFiles:
 
     def copy_to(self, target: Path) -> None:
         """Copies the files there are."""
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if self.folder is not None and (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, target / name)
 

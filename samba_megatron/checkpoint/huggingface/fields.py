@@ -173,6 +173,8 @@ def _refuse_variants(fields: dict[str, Any]) -> None:
         "use_bias": fields.get("use_bias", False),
         "use_conv_bias false": not fields.get("use_conv_bias", True),
         "attn.qkv_bias": attention.get("qkv_bias", False),
+        "attn.qk_norm": attention.get("qk_norm", False),
+        "attnres_block_size": fields.get("attnres_block_size") is not None,
         f"hidden_act {fields.get('hidden_act')}": fields.get("hidden_act", "swish")
         not in ("swish", "silu"),
     }

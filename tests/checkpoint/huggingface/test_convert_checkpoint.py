@@ -87,7 +87,10 @@ def test_inspect(checkpoints, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *command])
     convert_checkpoint.main()
     said = capsys.readouterr().out
-    for text in ("3,584", "tensor 2, pipeline 2", "float32", "M-*- x2", "mixer.in_proj.weight"):
+    for text in (
+        *("3,584", "tensor 2, pipeline 2", "float32", "M-*- x2", "mixer.in_proj.weight"),
+        *("hidden_size: 32", "window_size: 12", "data.sequence_length: 64", "params_dtype: fp32"),
+    ):
         assert text in said
 
 

@@ -26,12 +26,14 @@ class MambaState:
 class AttentionState:
     """Keys and values [b, kv heads, slots, head dim] of the window, in a ring.
 
-    Token number t lies in slot t % window. Without a window there is a slot for every token.
+    Token number t lies in slot t % window. Without a window there is a slot for every token, and
+    some free ones: a full buffer is copied into one larger by a quarter, not at every token.
     ``valid`` [b, slots] is false where the token was padding.
     """
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, slots: int = 0) -> None:
         self.window = window
+        self.slots = slots if window is None else window
         self.seen = 0
         self.keys: Any = None
         self.values: Any = None
@@ -51,43 +53,61 @@ class AttentionState:
             Keys, values and validity for these tokens' queries: all slots in any order for one
             token, else the tokens before in order, then the new ones.
         """
-        length = keys.shape[2]
-        if self.window is not None and length == 1:
-            self._write(self.window, keys, values, valid)
-            filled = min(self.seen, self.window)
+        length, seen = keys.shape[2], self.seen
+        if length == 1 or (self.window is None and seen):
+            self._write(keys, values, valid)
+            filled = self.seen if self.window is None else min(self.seen, self.window)
             return self.keys[:, :, :filled], self.values[:, :, :filled], self.valid[:, :filled]
-        if self.seen:
+        if seen:
             order = self._order(keys.device)
             keys = torch.cat([self.keys[:, :, order], keys], dim=2)
             values = torch.cat([self.values[:, :, order], values], dim=2)
             valid = torch.cat([self.valid[:, order], valid], dim=1)
-        if self.window is None:
-            self.keys, self.values, self.valid = keys, values, valid
-            self.seen += length
-        else:
-            kept = min(length, self.window)
-            self.seen += length - kept
-            self._write(self.window, keys[:, :, -kept:], values[:, :, -kept:], valid[:, -kept:])
+        kept = length if self.window is None else min(length, self.window)
+        self.seen += length - kept
+        self._write(keys[:, :, -kept:], values[:, :, -kept:], valid[:, -kept:])
         return keys, values, valid
 
-    def _order(self, device: torch.device) -> Any:
-        """The slots that a new token can see, oldest first."""
-        if self.window is None:
-            return slice(None)
+    def _order(self, device: torch.device) -> Tensor:
+        """The slots of the window that a new token can see, oldest first."""
+        assert self.window is not None
         count = min(self.seen, self.window - 1)
         return torch.arange(self.seen - count, self.seen, device=device) % self.window
 
-    def _write(self, window: int, keys: Tensor, values: Tensor, valid: Tensor) -> None:
-        batch, heads, length, dim = keys.shape
-        if self.keys is None:
-            self.keys = keys.new_zeros(batch, heads, window, dim)
-            self.values = torch.zeros_like(self.keys)
-            self.valid = valid.new_zeros(batch, window)
-        slots = torch.arange(self.seen, self.seen + length, device=keys.device) % window
+    def _write(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
+        length = keys.shape[2]
+        self._make_room(length, keys, valid)
+        slots: Any
+        if self.window is None or length == 1:
+            start = self.seen % self.slots
+            slots = slice(start, start + length)
+        else:
+            new = torch.arange(self.seen, self.seen + length, device=keys.device)
+            slots = new % self.slots
         self.keys[:, :, slots] = keys
         self.values[:, :, slots] = values
         self.valid[:, slots] = valid
         self.seen += length
+
+    def _make_room(self, length: int, keys: Tensor, valid: Tensor) -> None:
+        """Slots for ``length`` tokens more."""
+        held, needed = self.keys is not None, self.seen + length
+        if held and (self.window is not None or needed <= self.slots):
+            return
+        if self.window is None:
+            self.slots = max(self.slots, needed + needed // 4 if held else needed)
+        batch, heads, _, dim = keys.shape
+        grown = (
+            keys.new_zeros(batch, heads, self.slots, dim),
+            keys.new_zeros(batch, heads, self.slots, dim),
+            valid.new_zeros(batch, self.slots),
+        )
+        if held:
+            seen = slice(self.seen)
+            grown[0][:, :, seen] = self.keys[:, :, seen]
+            grown[1][:, :, seen] = self.values[:, :, seen]
+            grown[2][:, seen] = self.valid[:, seen]
+        self.keys, self.values, self.valid = grown
 
 
 class SambaCache:
@@ -95,12 +115,18 @@ class SambaCache:
 
     is_compileable = False
 
-    def __init__(self, config: SambaConfig) -> None:
+    def __init__(self, config: SambaConfig, slots: int = 0) -> None:
+        """Args:
+        config: of the model.
+        slots: tokens to make room for at once where attention has no window.
+        """
         window = config.attn.get("window_size")
         self.seen = 0
         self.padded = False
         self.states = [
-            MambaState() if letter == "M" else AttentionState(None if letter == "F" else window)
+            MambaState()
+            if letter == "M"
+            else AttentionState(None if letter == "F" else window, slots)
             for letter, _ in config.blocks
         ]
 

@@ -19,16 +19,18 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from .cache_samba import AttentionState, MambaState, SambaCache
 from .configuration_samba import SambaConfig, SambaHybridConfig
 from .operations_samba import causal_convolution, selective_scan
 
 try:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_with_kvcache
 except ImportError:
-    flash_attn_func = None
+    flash_attn_func = flash_attn_with_kvcache = None
 
+logger = logging.get_logger(__name__)
 _TRANSFORMERS = int(transformers.__version__.split(".")[0])
 _QUERY_BLOCK = 512
 """Queries that attend at a time: scores are this by this and the window."""
@@ -44,6 +46,9 @@ class SambaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] → [..., d]."""
+        if x.dtype == self.weight.dtype:
+            # One kernel, which computes in fp32 as well.
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * self.weight.float()).to(x.dtype)
@@ -107,13 +112,20 @@ class SambaMamba(nn.Module):
         return self.out_proj(y.transpose(1, 2))
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+def rotate(q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Rotary embedding of [b, heads, L, head dim]; halves, not neighbours, make a pair."""
     if rotary is None:
-        return x
+        return q, k
     cos, sin = (part[:, None] for part in rotary)
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
+    # Together: while single tokens are written, time goes by the number of kernels.
+    low, high = torch.cat([q, k], dim=1).float().chunk(2, dim=-1)
+    turned = (
+        torch.addcmul(low * cos, high, sin, value=-1.0),
+        torch.addcmul(high * cos, low, sin),
+    )
+    heads = [q.shape[1], k.shape[1]]
+    q, k = torch.cat(turned, dim=-1).to(q.dtype).split(heads, dim=1)
+    return q, k
 
 
 class SambaAttention(nn.Module):
@@ -143,7 +155,7 @@ class SambaAttention(nn.Module):
     ) -> Tensor:
         """[b, L, d] → [b, L, d]; ``mask`` [b, L] is false on padding."""
         q, k, v = (self._project(x, name, mask, state) for name in ("q", "k", "v"))
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate(q, k, rotary)
         valid = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
         one_by_one = False
         if state is not None:
@@ -171,11 +183,15 @@ class SambaAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, one_by_one: bool
     ) -> Tensor:
         """q [b, heads, L, hd] over k and v [b, kv heads, n, hd], whose last L are q's own."""
-        if one_by_one:
-            return self._softmax(q, k, v, None if valid is None else valid[:, None, None])
         eager = getattr(self.config, "_attn_implementation", None) == "eager"
         half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-        if flash_attn_func is not None and half and valid is None and not eager:
+        flash = flash_attn_func is not None and half and valid is None and not eager
+        if one_by_one and flash and not torch.is_grad_enabled():
+            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+            return flash_attn_with_kvcache(q, k, v).transpose(1, 2)
+        if one_by_one:
+            return self._softmax(q, k, v, None if valid is None else valid[:, None, None])
+        if flash:
             reach = (-1, -1) if self.window is None else (self.window - 1, 0)
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
             return flash_attn_func(q, k, v, causal=True, window_size=reach).transpose(1, 2)
@@ -331,6 +347,8 @@ class SambaModel(SambaPreTrainedModel):
             past_key_values: what an earlier call has returned; changed in place.
             use_cache: return a cache.
         """
+        if kwargs.get("output_attentions"):
+            logger.warning_once("output_attentions is ignored: the weights are not kept")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -454,6 +472,7 @@ class SambaForCausalLM(SambaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            output_attentions=kwargs.pop("output_attentions", None),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])

@@ -1,6 +1,7 @@
 """The causal convolution and the selective scan, with given and returned states.
 
-mamba-ssm's and causal-conv1d's kernels where they are installed and apply, else torch.
+mamba-ssm's and causal-conv1d's kernels where they are installed and apply, else torch. Two kinds:
+over a whole prompt, and of a single token that goes on from a state.
 """
 
 import torch
@@ -9,12 +10,13 @@ from torch.nn import functional as F
 
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 except ImportError:
-    selective_scan_fn = None
+    selective_scan_fn = selective_state_update = None
 try:
-    from causal_conv1d import causal_conv1d_fn
+    from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 except ImportError:
-    causal_conv1d_fn = None
+    causal_conv1d_fn = causal_conv1d_update = None
 
 
 def causal_convolution(
@@ -26,28 +28,32 @@ def causal_convolution(
         x: [b, C, L].
         weight: [C, 1, taps].
         bias: [C] or None.
-        before: the inputs before x, [b, C, taps - 1]; zeros when None.
+        before: the inputs before x, [b, C, taps - 1]; zeros when None. A single token's kernel
+            writes the new ones into it.
 
     Returns:
         [b, C, L], and the last inputs [b, C, taps - 1] for the next call.
     """
     past = weight.shape[-1] - 1
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if causal_conv1d_update is not None and before is not None and _is_next_token(x):
+        before = before.to(x.dtype)
+        taps = weight.squeeze(1)
+        y = causal_conv1d_update(x.squeeze(-1), before, taps, bias, activation="silu")
+        return y.unsqueeze(-1), before
+    if causal_conv1d_fn is not None and x.is_cuda and before is None and x.shape[-1] > past:
+        y = causal_conv1d_fn(x.contiguous(), weight.squeeze(1), bias, activation="silu")
+        return y, x[..., -past:].clone()
     if before is None:
         before = x.new_zeros(*x.shape[:2], past)
     whole = torch.cat([before.to(x.dtype), x], dim=-1)
-    last = whole[..., whole.shape[-1] - past :]
+    # Cloned: a view would keep the whole prompt's inputs in memory.
+    last = whole[..., whole.shape[-1] - past :].clone()
     if causal_conv1d_fn is not None and x.is_cuda and x.shape[-1] > 1:
-        y = causal_conv1d_fn(
-            whole,
-            weight.squeeze(1).to(x.dtype),
-            None if bias is None else bias.to(x.dtype),
-            activation="silu",
-        )
+        y = causal_conv1d_fn(whole, weight.squeeze(1), bias, activation="silu")
         return y[..., past:], last
-    y = F.conv1d(
-        whole, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), groups=x.shape[1]
-    )
-    return F.silu(y), last
+    return F.silu(F.conv1d(whole, weight, bias, groups=x.shape[1])), last
 
 
 def selective_scan(
@@ -65,7 +71,8 @@ def selective_scan(
 
     Args:
         u: [b, E, L]; delta, z likewise; B, C: [b, N, L]; A: [E, N]; D, delta_bias: [E].
-        state: h before the first token [b, E, N]; zeros when None.
+        state: h before the first token [b, E, N]; zeros when None. A single token's kernel writes
+            the new one into it.
 
     Returns:
         y [b, E, L] in u's dtype, and h after the last token.
@@ -74,7 +81,32 @@ def selective_scan(
         y, last = selective_scan_fn(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True
         )
-        return y, last
+        return y, last.clone()
+    if selective_state_update is not None and state is not None and _is_next_token(u):
+        u, delta, B, C, z = (part.squeeze(-1) for part in (u, delta, B, C, z))
+        y = selective_state_update(
+            state, u, delta, A, B, C, D, z=z, dt_bias=delta_bias, dt_softplus=True
+        )
+        return y.unsqueeze(-1), state
+    return _scan_in_torch(u, delta, A, B, C, D, z, delta_bias, state)
+
+
+def _is_next_token(x: Tensor) -> bool:
+    """Whether the kernels of a single token, which know no gradient, may be used."""
+    return x.is_cuda and x.shape[-1] == 1 and not torch.is_grad_enabled()
+
+
+def _scan_in_torch(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     wide = u.float()
     step = F.softplus(delta.float() + delta_bias[:, None])
     source = step * wide
