@@ -164,20 +164,14 @@ def memory(config: RunConfig, world_size: int, gpu_gib: float | None) -> str:
     return f"the fullest GPU needs {needed:.1f} GiB"
 
 
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of one checkpoint: weights in their type, and main copies and moments in fp32."""
-    from samba_megatron.model.samba import count_parameters
-
-    per_parameter = 16 if config.precision.params_dtype == "fp32" else 14
-    return per_parameter * count_parameters(config.model)
-
-
 def disk(config: RunConfig) -> str:
     """There is room for the checkpoints that are kept at once, and for one being written.
 
     Returns:
         What is needed and what is free.
     """
+    from samba_megatron.planning.memory import checkpoint_bytes
+
     one = checkpoint_bytes(config)
     keep = config.checkpoint.keep_last
     wanted = one * ((keep or 1) + 1)

@@ -1,11 +1,11 @@
-"""Which rank is on which node, and what it does there: tensor, pipeline and data parallel place.
+"""Which rank is on which node, and what it does there: its place in each kind of parallelism.
 
     python slurm/placement.py --config samba_3.8b --nodes 1024 --output placement.csv
 
-Megatron numbers ranks tensor-parallel first, then data-parallel, then pipeline: the stages of one
-pipeline are a whole stage of ranks apart. Laid over nodes in their order, a pipeline would cross
-the cluster. So the job script lays them out stage by stage over neighbouring nodes (srun
---distribution=arbitrary), the nodes sorted by their leaf switch.
+Megatron numbers ranks tensor-parallel first, then context-parallel, data-parallel, pipeline: the
+stages of one pipeline are a whole stage of ranks apart. Laid over nodes in their order, a pipeline
+would cross the cluster. So the job script lays them out stage by stage over neighbouring nodes
+(srun --distribution=arbitrary), the nodes sorted by their leaf switch.
 """
 
 import argparse
@@ -34,6 +34,8 @@ class Place(NamedTuple):
     """Pipeline stage."""
     data: int
     """Place in its data-parallel group."""
+    context: int = 0
+    """Place in its context-parallel group: the piece of the sequence."""
 
 
 class Crossings(NamedTuple):
@@ -69,7 +71,9 @@ def order_nodes(
     return [node for stage in range(stages) for node in by_switch[stage::stages]]
 
 
-def places(order: Sequence[str], gpus: int, tensor: int, pipeline: int) -> list[Place]:
+def places(
+    order: Sequence[str], gpus: int, tensor: int, pipeline: int, context: int = 1
+) -> list[Place]:
     """The table, by rank.
 
     Args:
@@ -77,16 +81,19 @@ def places(order: Sequence[str], gpus: int, tensor: int, pipeline: int) -> list[
         gpus: of each node, and ranks on it.
         tensor: tensor-parallel size.
         pipeline: pipeline stages.
+        context: context-parallel size.
     """
-    data = len(order) * gpus // (tensor * pipeline)
+    together = tensor * context
+    data = len(order) * gpus // (together * pipeline)
     return [
         Place(
             rank=rank,
             node=order[rank // gpus],
             local_rank=rank % gpus,
             tensor=rank % tensor,
-            pipeline=rank // (tensor * data),
-            data=rank // tensor % data,
+            pipeline=rank // (together * data),
+            data=rank // together % data,
+            context=rank // tensor % context,
         )
         for rank in range(len(order) * gpus)
     ]
@@ -99,12 +106,13 @@ def crossings(table: Sequence[Place], leaf_of: dict[str, str]) -> Crossings:
         table: of all ranks.
         leaf_of: each node's leaf switch; a node that is not in it is its own.
     """
-    nodes_of_group: dict[tuple[int, int], set[str]] = {}
-    node_at = {(p.pipeline, p.data, p.tensor): p.node for p in table}
+    nodes_of_group: dict[tuple[int, int, int], set[str]] = {}
+    node_at = {(p.pipeline, p.data, p.context, p.tensor): p.node for p in table}
     pairs = across = 0
     for place in table:
-        nodes_of_group.setdefault((place.pipeline, place.data), set()).add(place.node)
-        following = node_at.get((place.pipeline + 1, place.data, place.tensor))
+        own = place.data, place.context
+        nodes_of_group.setdefault((place.pipeline, *own), set()).add(place.node)
+        following = node_at.get((place.pipeline + 1, *own, place.tensor))
         if following is not None:
             pairs += 1
             here = leaf_of.get(place.node, place.node)
@@ -116,20 +124,19 @@ def main() -> None:
     """Runs the command."""
     arguments = _parse()
     nodes, leaf_of = _nodes(arguments)
-    tensor, pipeline = _layout(arguments.config)
+    tensor, pipeline, context = _layout(arguments.config)
     gpus = arguments.gpus_per_node
-    if len(nodes) * gpus % (tensor * pipeline):
+    together = tensor * pipeline * context
+    if len(nodes) * gpus % together:
         raise UserError(
-            f"{len(nodes)} × {gpus} GPUs are not a multiple of tensor {tensor} × pipeline "
-            f"{pipeline}: use another --nodes"
+            f"{len(nodes)} × {gpus} GPUs are not a multiple of tensor {tensor} × context {context} "
+            f"× pipeline {pipeline} = {together}: use another --nodes"
         )
-    table = places(order_nodes(nodes, pipeline, leaf_of), gpus, tensor, pipeline)
+    table = places(order_nodes(nodes, pipeline, leaf_of), gpus, tensor, pipeline, context)
     found = crossings(table, leaf_of)
-    data = len(table) // (tensor * pipeline)
-    print(
-        f"{len(table)} ranks on {len(nodes)} nodes: tensor {tensor}, pipeline {pipeline}, ", end=""
-    )
-    print(f"data {data}")
+    data = len(table) // together
+    print(f"{len(table)} ranks on {len(nodes)} nodes: tensor {tensor}, context {context}, ", end="")
+    print(f"pipeline {pipeline}, data {data}")
     print(f"tensor-parallel groups over more than one node: {found.tensor}")
     if found.pipelines and leaf_of:
         print(f"pipeline neighbours under different switches: {found.over_switches} ", end="")
@@ -158,11 +165,16 @@ def _nodes(arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     return [f"n{number}" for number in range(1, arguments.nodes + 1)], {}
 
 
-def _layout(config: str) -> tuple[int, int]:
+def _layout(config: str) -> tuple[int, int, int]:
+    """Tensor, pipeline and context sizes."""
     from samba_megatron.config.load import parse_run_config
 
     parallel = parse_run_config(["--config", config], prog="placement.py").parallel
-    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
 
 
 def _write(path: Path, table: Sequence[Place]) -> None:

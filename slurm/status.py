@@ -20,7 +20,7 @@ from rich.table import Table  # noqa: E402
 from samba_megatron.checkpoint.folder import list_checkpoints, read_latest  # noqa: E402
 from samba_megatron.platform.errors import UserError, run_command  # noqa: E402
 from samba_megatron.tracking import metrics  # noqa: E402
-from samba_megatron.tracking.console import format_count, format_duration  # noqa: E402
+from samba_megatron.tracking.numbers import format_count, format_duration  # noqa: E402
 from slurm import history, scheduler  # noqa: E402
 from slurm.history import Attempt  # noqa: E402
 from slurm.lifecycle import PLAN_FILE, Plan  # noqa: E402

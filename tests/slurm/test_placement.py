@@ -6,14 +6,16 @@ from slurm.placement import crossings, order_nodes, places
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (8, 1), (2, 4), (4, 2), (1, 4), (8, 8)])
-def test_places_are_megatrons(tensor: int, pipeline: int) -> None:
+@pytest.mark.parametrize("context", [1, 2])
+def test_places_are_megatrons(tensor: int, pipeline: int, context: int) -> None:
     from megatron.core.parallel_state import RankGenerator
 
     nodes = [f"n{number}" for number in range(1, 17)]
-    table = places(nodes, 8, tensor, pipeline)
-    data = len(table) // (tensor * pipeline)
-    numbering = RankGenerator(tensor, 1, data, pipeline, 1, "tp-cp-ep-dp-pp")
-    for kind, field in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data")):
+    table = places(nodes, 8, tensor, pipeline, context)
+    data = len(table) // (tensor * pipeline * context)
+    numbering = RankGenerator(tensor, 1, data, pipeline, context, "tp-cp-ep-dp-pp")
+    fields = {"tp": "tensor", "pp": "pipeline", "dp": "data", "cp": "context"}
+    for kind, field in fields.items():
         for group in numbering.get_ranks(kind):
             assert [getattr(table[rank], field) for rank in group] == list(range(len(group)))
 
