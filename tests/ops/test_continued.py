@@ -1,6 +1,7 @@
 """A sequence computed piece by piece is the sequence computed whole, gradients included."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from hypothesis import given, settings
@@ -95,7 +96,7 @@ def test_scan(number: int, starts: list[tuple[int, int]] | None) -> None:
 
         return in_pieces(number, one, u, delta, B, C)
 
-    def whole(**inputs: Tensor) -> Tensor:
+    def whole(**inputs: Any) -> Tensor:
         return selective_scan(**inputs, reset=reset)[0]
 
     assert_near(run(continued, inputs), run(whole, inputs), 1e-12)
