@@ -68,7 +68,7 @@ CHANGES: Mapping[str, Change] = {
     "parallel.overlap_grad_reduce": _FREE,
     "parallel.overlap_param_gather": _FREE,
     "parallel.ddp_bucket_size": _FREE,
-    "parallel.sequence_pieces": _FREE,
+    "parallel.sequence_pieces": _NOTICE,  # where gradients are truncated
     "parallel.sequence_piece_gradients": _NOTICE,
     "parallel.recompute_granularity": _FREE,
     "parallel.recompute_method": _FREE,
@@ -271,6 +271,9 @@ def _meaning(name: str, config: RunConfig) -> Any:
             return model.resolved_dt_rank
         case "data.split":
             return "unused (data.valid_data_path is given)" if data.valid_data_path else data.split
+        case "parallel.sequence_pieces":
+            truncated = config.parallel.sequence_piece_gradients == "truncated"
+            return config.parallel.sequence_pieces if truncated else 1
         case "optimizer.weight_decay_exempt":
             return sorted(set(config.optimizer.weight_decay_exempt))
         case _:

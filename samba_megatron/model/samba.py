@@ -73,12 +73,17 @@ RECOMPUTED_KINDS = {"mamba": "M", "attention": "*F", "mlp": "-"}
 
 def _recomputed_flops(model: ModelConfig, sequence_length: int, parallel: ParallelConfig) -> float:
     """A token's forward operations that the backward pass does again."""
+    if parallel.sequence_pieces > 1 and parallel.sequence_piece_gradients == "exact":
+        # A first pass through all pieces but the last; nothing else is recomputed then.
+        whole = layer_symbols(model.hybrid_layer_pattern)
+        forward = sum(KINDS[s].flops_per_token(model, sequence_length) for s in whole)
+        return forward * (1 - 1 / parallel.sequence_pieces)
     if parallel.recompute_granularity is None:
         return 0.0
     if parallel.recompute_granularity == "selective":
         again = "".join(RECOMPUTED_KINDS[name] for name in parallel.recompute_modules)
-        layers = [s for s in layer_symbols(model.hybrid_layer_pattern) if s in again]
-        return sum(KINDS[s].recomputed_flops_per_token(model, sequence_length) for s in layers)
+        symbols = [s for s in layer_symbols(model.hybrid_layer_pattern) if s in again]
+        return sum(KINDS[s].recomputed_flops_per_token(model, sequence_length) for s in symbols)
     stages = split_stages(
         model.hybrid_layer_pattern,
         parallel.pipeline_model_parallel_size,

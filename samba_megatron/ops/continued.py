@@ -65,7 +65,7 @@ def continued_causal_conv1d(
     if before is None:
         before = x.new_zeros(taps, *x.shape[1:])
     longer = torch.cat([before, x])
-    past.after[name] = longer[longer.shape[0] - taps :]
+    past.after[name] = longer[longer.shape[0] - taps :].clone()  # lets go of the rest
     if reset is None:
         return causal_conv1d(x, weight, bias, initial_state=before, backend=backend)
     # No fast kernel takes a state together with documents: it gets one longer sequence.

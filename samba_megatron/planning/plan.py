@@ -11,7 +11,11 @@ from typing import Any
 from samba_megatron.config import RunConfig
 from samba_megatron.config.checks import violations
 from samba_megatron.config.pattern import MLP, layer_symbols
-from samba_megatron.config.rules.layout import legal_tensor_sizes, recomputation
+from samba_megatron.config.rules.layout import (
+    legal_tensor_sizes,
+    recomputation,
+    sequence_pieces,
+)
 from samba_megatron.config.rules.situation import Situation, divisors
 from samba_megatron.model.samba import flops_per_token
 from samba_megatron.planning.layout import Layout
@@ -144,7 +148,8 @@ def _legal(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
         if not problems(proposal, gpus):
             for recompute in _RECOMPUTE:
                 candidate = with_fields(proposal, recompute)
-                if not list(recomputation(Situation(candidate, gpus, "cuda", None, None))):
+                situation = Situation(candidate, gpus, "cuda", None, None)
+                if not [*recomputation(situation), *sequence_pieces(situation)]:
                     yield candidate
 
 

@@ -74,7 +74,7 @@ class Evaluator:
 
     def _score(self, chunks: Sequence[Any], length: int) -> Evaluation:
         dataset = self._datasets[length]
-        micro_batch_size = self._micro_batch_size(length)
+        micro_batch_size, pieces = micro_batch_and_pieces(self._config, length)
         batches: list[Batch | None] = list(
             evaluation_batches(
                 dataset,
@@ -89,14 +89,30 @@ class Evaluator:
             batches = [_boundaries(batch) for batch in batches]
         iterators = [iter(batches) for _ in chunks]
         reports = run_schedule(
-            chunks, iterators, len(batches), length, micro_batch_size, forward_only=True
+            chunks,
+            iterators,
+            len(batches),
+            length,
+            micro_batch_size,
+            forward_only=True,
+            pieces=pieces,
         )
         return Evaluation(length, mean_loss(reports).item(), len(dataset) * length)
 
-    def _micro_batch_size(self, length: int) -> int:
-        """As many sequences as hold a training micro-batch's tokens, at least one."""
-        tokens = self._config.training.micro_batch_size * self._config.data.sequence_length
-        return max(tokens // length, 1)
+
+def micro_batch_and_pieces(config: RunConfig, length: int) -> tuple[int, int]:
+    """How sequences of a length are scored in the memory of a training step.
+
+    Returns:
+        Sequences of a micro-batch, as many as hold the tokens of a training micro-batch (of a piece
+        of one), at least one; and the pieces of each, none shorter than in training.
+    """
+    pieces = config.parallel.sequence_pieces
+    piece = config.data.sequence_length // pieces
+    together = config.training.micro_batch_size * piece // min(length, piece)
+    if pieces == 1:
+        together = config.training.micro_batch_size * piece // length
+    return max(together, 1), max(length // piece, 1) if pieces > 1 else 1
 
 
 def _fill_up(batches: list[Batch | None], config: RunConfig) -> list[Batch | None]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from samba_megatron.platform import distributed
@@ -57,7 +58,12 @@ class LayerNorms:
                 hook.remove()
 
     def _hook(self, row: int) -> Any:
+        config = get_model_config(self._chunks[0])
+        has_first_pass = config.sequence_pieces > 1 and config.sequence_piece_gradients == "exact"
+
         def measure(module: Any, inputs: Any, output: Any) -> None:
+            if has_first_pass and not torch.is_grad_enabled():
+                return  # its outputs come again
             tensor = (output[0] if isinstance(output, tuple) else output).detach()
             norm = torch.linalg.vector_norm(tensor, dtype=torch.float32).double()
             self._squares[row, _OUTPUT] += norm**2

@@ -58,6 +58,7 @@ class InPieces:
         if wants_gradients:
             before = {name: tensor.detach().requires_grad_() for name, tensor in before.items()}
         losses, loss_of, after = self._piece(number, before, model)
+        self._pasts[number] = {}  # nobody needs it any more
         if not wants_gradients:
             self._pasts.append(_kept(after))
             return losses, loss_of

@@ -127,14 +127,19 @@ def run_schedule(
     sequence_length: int,
     micro_batch_size: int,
     forward_only: bool,
+    pieces: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Runs megatron's pipeline schedule; returns what the last stage reports, elsewhere []."""
+    """Runs megatron's pipeline schedule; returns what the last stage reports, elsewhere [].
+
+    ``pieces`` are those of a sequence where they are not as many as in training.
+    """
     config, step = get_model_config(chunks[0]), forward_step
-    if config.sequence_pieces > 1:
+    pieces = pieces or config.sequence_pieces
+    if pieces > 1:
         exact = config.sequence_piece_gradients == "exact"
-        step = InPieces(piece_step, config.sequence_pieces, exact).forward_step
-        num_microbatches *= config.sequence_pieces
-        sequence_length //= config.sequence_pieces
+        step = InPieces(piece_step, pieces, exact).forward_step
+        num_microbatches *= pieces
+        sequence_length //= pieces
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],

@@ -441,3 +441,14 @@ def test_rules_are_listed_once_and_named():
     names = [f"{rule.__module__}.{rule.__name__}" for rule in (*BASIC_RULES, *RULES)]
     assert len(set(names)) == len(names)
     assert all(rule.__doc__ for rule in (*BASIC_RULES, *RULES))
+
+
+def test_pieces_of_a_sequence():
+    pieces = {"parallel.sequence_pieces": 8}
+    assert "transformer_engine takes no keys of earlier pieces" in the_sentence(
+        {**pieces, "kernels.windowed_attention": "transformer_engine"}
+    )
+    odd = {**pieces, "validation.sequence_lengths": [256, 700]}
+    assert "700 is neither one piece of 512 tokens" in the_sentence(odd)
+    again = {**pieces, "parallel.recompute_granularity": "full"}
+    assert "exact computes every piece again anyway" in the_sentence(again)

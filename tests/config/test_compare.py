@@ -50,12 +50,15 @@ def test_each_field_changes_as_the_table_says(name):
         return
     # Without held-out data the split decides what is trained on.
     before = {"data.valid_data_path": ["v"]} if name == "data.valid_data_path" else {}
-    notices = compare(before, {name: value})
+    # Exact gradients do not depend on the pieces.
+    both = {"parallel.sequence_piece_gradients": "truncated"} if name.endswith("_pieces") else {}
+    notices = compare({**before, **both}, {**both, name: value})
     assert [name in notice for notice in notices] == [True] * (CHANGES[name] is Change.NOTICE)
 
 
 def test_the_same_run_is_silent():
     assert compare({}, {}) == []
+    assert compare({}, {"parallel.sequence_pieces": 4}) == []
 
 
 def test_a_refusal_names_every_field_and_the_remedy():

@@ -24,6 +24,15 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 """What differs from a run on whole sequences of 64 tokens."""
+ON_TWO = {
+    "two, tp2 sp": {
+        PIECES: 2,
+        "parallel.tensor_model_parallel_size": 2,
+        "parallel.sequence_parallel": True,
+    },
+    "two, dp2": {PIECES: 2},
+}
+"""The same on two ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +40,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[float
     """Training and validation losses."""
     folder = tmp_path_factory.mktemp("pieces")
     prefix = write_dataset(folder)
-    specs = []
-    for name, fields in RUNS.items():
+    specs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    for name, fields in {**RUNS, **ON_TWO}.items():
         config = toy_config(prefix, folder / name, **{"training.train_steps": STEPS, **fields})
         config |= {
             "data.reset_at_document_boundaries": True,
-            "data.split": "90,10,0",
+            "data.valid_data_path": [prefix],
+            # Shorter than a piece of two, as long as a sequence, longer.
+            "validation.sequence_lengths": [16, 64, 128],
             "validation.eval_at_end": True,
             "validation.eval_tokens": 512,
         }
-        specs.append({"name": name, "config": config})
-    launch(1, specs, folder)
-    return {name: (losses(folder / name), losses(folder / name, "validation")) for name in RUNS}
+        specs[2 if name in ON_TWO else 1].append({"name": name, "config": config})
+    for ranks, runs in specs.items():
+        launch(ranks, runs, folder)
+    return {
+        name: (losses(folder / name), losses(folder / name, "validation"))
+        for name in (*RUNS, *ON_TWO)
+    }
 
 
 def worst(one: tuple[list[float], list[float]], other: tuple[list[float], list[float]]) -> float:
@@ -55,6 +70,8 @@ def worst(one: tuple[list[float], list[float]], other: tuple[list[float], list[f
     [
         ("two", "whole"),
         ("eight", "whole"),
+        ("two, tp2 sp", "whole"),
+        ("two, dp2", "whole"),
         ("eight, short convolutions", "whole, short convolutions"),
         ("eight, full attention", "whole, full attention"),
     ],

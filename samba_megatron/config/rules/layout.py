@@ -114,6 +114,16 @@ def _pieces(situation: Situation, number: int, because: str) -> Iterator[str]:
         yield from not_multiple("validation.sequence_lengths:", length, number, because)
 
 
+def _attention_with_a_halo(situation: Situation, because: str) -> Iterator[str]:
+    """The kernel takes keys before the queries' own."""
+    kernel = situation.config.kernels.windowed_attention
+    if kernel == "transformer_engine" and set(situation.layers) & set("*F"):
+        yield (
+            f"kernels.windowed_attention transformer_engine takes no keys of earlier pieces, as "
+            f"{because} needs: use auto or flash_attn"
+        )
+
+
 def sequence_pieces(situation: Situation) -> Iterator[str]:
     """Pieces are equal, and follow one another on the same ranks."""
     config = situation.config
@@ -130,7 +140,15 @@ def sequence_pieces(situation: Situation) -> Iterator[str]:
     if parallel.sequence_parallel:
         tensor = parallel.tensor_model_parallel_size
         pieces, because = number * tensor, f"{because} × {TENSOR} {tensor} = {number * tensor}"
-    yield from _pieces(situation, pieces, because)
+    length = config.data.sequence_length
+    yield from not_multiple("data.sequence_length", length, pieces, because)
+    for other in config.validation.sequence_lengths:
+        if other > length // number and other % (length // number):
+            yield (
+                f"validation.sequence_lengths: {other} is neither one piece of {length // number} "
+                f"tokens (data.sequence_length / parallel.sequence_pieces) nor several whole ones"
+            )
+    yield from _attention_with_a_halo(situation, because)
     if parallel.sequence_piece_gradients == "exact" and parallel.recompute_granularity is not None:
         yield (
             "parallel.sequence_piece_gradients exact computes every piece again anyway: set "
@@ -157,6 +175,7 @@ def context_parallel(situation: Situation) -> Iterator[str]:
         pieces = number * tensor
         because += f" × {TENSOR} {tensor} = {pieces} (with sequence_parallel)"
     yield from _pieces(situation, pieces, because)
+    yield from _attention_with_a_halo(situation, because)
     scan = config.kernels.selective_scan
     if "M" in situation.layers and scan in ("mamba_ssm", "reference"):
         yield (

@@ -70,7 +70,7 @@ def fp8_shapes(situation: Situation) -> Iterator[str]:
     lengths = {"data.sequence_length": [config.data.sequence_length]}
     lengths["validation.sequence_lengths"] = config.validation.sequence_lengths
     split = tensor if config.parallel.sequence_parallel else 1
-    split *= config.parallel.context_parallel_size
+    split *= config.parallel.context_parallel_size * config.parallel.sequence_pieces
     for name, values in lengths.items():
         for length in values:
             step = block * split

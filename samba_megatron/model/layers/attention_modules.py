@@ -18,7 +18,7 @@ from torch import Tensor
 
 from samba_megatron.model.layers.along_sequence import attend, convolve
 from samba_megatron.model.layers.mamba_mixer import ShardedParameters
-from samba_megatron.model.sequence import sequence_params
+from samba_megatron.model.sequence import SequenceParams, sequence_params
 from samba_megatron.model.transformer_config import SambaTransformerConfig
 
 
@@ -52,8 +52,11 @@ class SambaSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As megatron's, which does not hand ``packed_seq_params`` to where q, k and v are made."""
-        self._sequence = sequence_params(packed_seq_params)
-        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        self._sequence: SequenceParams | None = sequence_params(packed_seq_params)
+        try:
+            return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        finally:
+            self._sequence = None  # it may hold what a piece of a sequence has left
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """q [s, b, heads/tp, hd], k and v [s, b, groups/tp, hd]."""
@@ -64,6 +67,7 @@ class SambaSelfAttention(SelfAttention):
 
     def _convolve(self, x: Tensor, name: str) -> Tensor:
         taps = getattr(self, f"{name}_conv1d").weight
+        assert self._sequence is not None, "only forward asks for q, k and v"
         flat = convolve(
             x.flatten(2),
             taps,
