@@ -1,6 +1,7 @@
 """datatrove's filters and deduplication between reading and tokenizing, counted and exact."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,17 +162,34 @@ def pairwise_words(first: str, second: str) -> list[tuple[str, str]]:
     return list(zip(first.split(), second.split(), strict=True))
 
 
-def test_the_language_filter_takes_a_model_from_a_local_file(options, tmp_path):
-    """Trained here on a few words of each language: nothing is downloaded."""
+def language_model(folder: Path, english: str, german: str) -> Path:
+    """A model of fastText's that tells two languages apart by a few words of each.
+
+    Its trainer's main thread reads the loss while another computes it: now and then it sees a NaN
+    and gives up, or ends too early. So it is asked until it has learnt.
+    """
     import fasttext
 
-    training = tmp_path / "languages.txt"
-    english, german = "the of and to in that was for", "der die und das nicht mit ein von"
+    training, path = folder / "languages.txt", folder / "languages.bin"
     words = [(f"__label__en {a}", f"__label__de {b}") for a, b in pairwise_words(english, german)]
     training.write_text("\n".join(line for pair in words for line in pair) * 40)
-    model = fasttext.train_supervised(str(training), epoch=50, dim=8, lr=0.5, thread=1, verbose=0)
-    path = tmp_path / "languages.bin"
-    model.save_model(str(path))
+    wanted = ["__label__en", "__label__de"]
+    for _ in range(200):
+        with suppress(RuntimeError):
+            model = fasttext.train_supervised(
+                str(training), epoch=50, dim=8, lr=0.5, thread=1, verbose=0
+            )
+            told = [model.f.predict(text + "\n", 1, 0.0, "strict")[0] for text in (english, german)]
+            if [label for _, label in told] == wanted and min(share for share, _ in told) > 0.8:
+                model.save_model(str(path))
+                return path
+    raise AssertionError("fastText did not learn two languages in 200 attempts")
+
+
+def test_the_language_filter_takes_a_model_from_a_local_file(options, tmp_path):
+    """Trained here on a few words of each language: nothing is downloaded."""
+    english, german = "the of and to in that was for", "der die und das nicht mit ein von"
+    path = language_model(tmp_path, english, german)
     found = {"model": str(path), "languages": ["en"], "threshold": 0.5}
     source = tmp_path / "mixed.jsonl"
     rows = [{"text": english}, {"text": german}, {"text": f"{english} {english}"}]
