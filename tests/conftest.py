@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -38,3 +39,19 @@ def _has_slurm() -> bool:
     # Daemons lie in sbin, which is not on every user's PATH.
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     return all(shutil.which(command, path=path) for command in SLURM_COMMANDS)
+
+
+@pytest.fixture(scope="session")
+def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies an export's code to a cache before it runs it: a cache for the tests.
+
+    One for all of them: what is imported from it once is not looked for in another."""
+    import transformers.dynamic_module_utils
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        yield

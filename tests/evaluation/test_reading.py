@@ -15,10 +15,7 @@ def losses(subject, tokens: torch.Tensor, piece: int) -> torch.Tensor:
     return torch.cat(list(token_losses(subject.model, tokens, piece)))
 
 
-def test_an_export_is_the_checkpoint_it_came_from(subject, exported, monkeypatch, tmp_path):
-    import transformers.dynamic_module_utils
-
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+def test_an_export_is_the_checkpoint_it_came_from(subject, exported, own_modules):
     other = load_subject(exported, None, "cpu", "auto")
     tokens = random_tokens(80)
     torch.testing.assert_close(

@@ -116,7 +116,9 @@ def test_description_of_all_operations():
     described = describe_backends()
     assert list(described["selective_scan"]) == ["fused", "mamba_ssm", "torch", "reference"]
     assert list(described["causal_conv1d"]) == ["causal_conv1d", "torch", "reference"]
-    assert list(described["windowed_attention"]) == ["flash_attn", "torch", "reference"]
+    attention = ["transformer_engine", "flash_attn", "torch", "reference"]
+    assert list(described["windowed_attention"]) == attention
+    assert list(described["swiglu"]) == ["triton", "torch"]
     for backends in described.values():
         assert backends["torch"]["available"]
         for status in backends.values():

@@ -1,6 +1,5 @@
 """Checkpoints of small models, their exports, and what our own model makes of them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +54,3 @@ def logits(checkpoints, imported, tmp_path_factory: pytest.TempPathFactory):
         "saved": {name: found[str(path)] for name, path in checkpoints.items()},
         "imported": {name: found[str(path)] for name, path in imported.items()},
     }
-
-
-@pytest.fixture(scope="session")
-def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies an export's code to a cache before it runs it: a cache for the tests."""
-    import transformers.dynamic_module_utils
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        yield
