@@ -157,7 +157,7 @@ def overtime(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
     """A rank that does not hear the signal: the limit comes before anything is saved."""
     run = JobRun(cluster, folder, prefix, {"training.train_steps": FEW_STEPS})
     run.fault("slow")
-    run.submit(nodes=1, time_limit="2")
+    run.submit(nodes=1, time_limit="3")
     run.wait_for_step(2)
     run.fault("hang.1")
     run.wait(run.ends, "end by the time limit")
