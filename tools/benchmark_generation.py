@@ -61,6 +61,8 @@ def _parse() -> argparse.Namespace:
         values = getattr(arguments, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             raise UserError(f"--{name.replace('_', '-')}: give whole numbers of 1 or more")
+    if arguments.time_limit <= 0:
+        raise UserError(f"--time-limit {arguments.time_limit}: give seconds, more than 0")
     return arguments
 
 

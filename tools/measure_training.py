@@ -139,6 +139,8 @@ def read_cases(args: argparse.Namespace) -> list[Case]:
     import yaml
 
     known = {field.name for field in dataclasses.fields(Case)}
+    if not args.cases.is_file():
+        raise UserError(f"--cases {args.cases} is not a file: give a YAML list of cases")
     cases = []
     for entry in yaml.safe_load(args.cases.read_text()):
         if unknown := set(entry) - known or {entry.get("precision", "bf16")} - set(PRECISIONS):

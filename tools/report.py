@@ -17,15 +17,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help=output_help)
     arguments = parser.parse_args()
     runs: list[Path] = arguments.runs
-    output = arguments.output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output} must be a file in a folder that exists")
-
     from samba_megatron.platform.files import write_text
     from samba_megatron.tracking.history import read_history
     from samba_megatron.tracking.report.page import render
 
-    write_text(output, render([read_history(run) for run in runs]))
+    histories = [read_history(run) for run in runs]
+    output = arguments.output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output} must be a file in a folder that exists")
+    write_text(output, render(histories))
     print(output)
 
 

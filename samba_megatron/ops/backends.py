@@ -1,7 +1,7 @@
 """All operations at once: what could run on this machine, and what did."""
 
 from samba_megatron.ops.causal_conv1d.dispatch import CAUSAL_CONV1D
-from samba_megatron.ops.registry import BackendDescription, Operation
+from samba_megatron.ops.registry import Operation
 from samba_megatron.ops.selective_scan.dispatch import SELECTIVE_SCAN
 from samba_megatron.ops.swiglu.dispatch import SWIGLU
 from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
@@ -11,14 +11,6 @@ OPERATIONS: dict[str, Operation] = {
     for operation in (SELECTIVE_SCAN, CAUSAL_CONV1D, WINDOWED_ATTENTION, SWIGLU)
 }
 """Every operation by its name."""
-
-
-def describe_backends() -> dict[str, dict[str, BackendDescription]]:
-    """For each operation and backend: whether it can run on this machine, if not why, its limits.
-
-    Backends come in order of preference. Looking imports the kernel packages that are present.
-    """
-    return {name: operation.describe() for name, operation in OPERATIONS.items()}
 
 
 def last_backends() -> dict[str, str | None]:

@@ -8,7 +8,7 @@ What is carried has names, one for each place that carries something. It may be 
 gradient of a piece's beginning is what the piece before it needs of all that follows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,7 @@ from samba_megatron.ops.causal_conv1d import causal_conv1d
 from samba_megatron.ops.registry import AUTO
 from samba_megatron.ops.selective_scan import selective_scan
 from samba_megatron.ops.windowed_attention import windowed_attention
-from samba_megatron.ops.windowed_attention.packing import PackedDocuments
-
-PackedStretches = Callable[[slice, int], PackedDocuments | None]
-"""(positions of the keys in the whole sequence, how many queries end them) → their documents."""
+from samba_megatron.ops.windowed_attention.packing import PackedStretches
 
 
 @dataclass

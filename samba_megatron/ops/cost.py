@@ -1,8 +1,7 @@
 """What each operation costs: the numbers that layers sum for MFU and planning, without torch.
 
 Operations count a multiply-add as 2. They are those of the forward; a backward counts as twice its
-forward. Bytes are the least that a forward must move: every input read and every output written
-once.
+forward. Bytes are those that ranks send to one another.
 """
 
 
@@ -16,19 +15,9 @@ def scan_flops(tokens: int, d_inner: int, d_state: int) -> int:
     return tokens * d_inner * (7 * d_state + 4)
 
 
-def scan_bytes(tokens: int, d_inner: int, d_state: int, element_size: int) -> int:
-    """Memory traffic of the gated selective scan: u, delta, z, B, C and y."""
-    return tokens * (4 * d_inner + 2 * d_state) * element_size
-
-
 def conv_flops(tokens: int, channels: int, width: int) -> int:
     """Floating-point operations of the depthwise convolution; bias and SiLU are not counted."""
     return 2 * tokens * channels * width
-
-
-def conv_bytes(tokens: int, channels: int, element_size: int) -> int:
-    """Memory traffic of the depthwise convolution: x and y."""
-    return 2 * tokens * channels * element_size
 
 
 def attended_pairs(length: int, window: int | None) -> int:
@@ -43,13 +32,6 @@ def attention_flops(length: int, heads: int, head_dim: int, window: int | None) 
     For each attended pair and head, a multiply-add a dimension for the score and for the value.
     """
     return 4 * attended_pairs(length, window) * heads * head_dim
-
-
-def attention_bytes(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, element_size: int
-) -> int:
-    """Memory traffic of attention: q, k, v and the output."""
-    return 2 * tokens * (heads + kv_heads) * head_dim * element_size
 
 
 def halo_bytes(ranks: int, length: int, count: int, numbers: int, element_size: int) -> int:

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -98,17 +98,6 @@ def _loaded(backend: Backend) -> tuple[Callable[..., Any] | None, str | None]:
         return None, f"importing it failed: {first_line}"
 
 
-class BackendDescription(TypedDict):
-    """One backend's entry in :meth:`Operation.describe`."""
-
-    available: bool
-    reason: str | None
-    """Why it is not available."""
-    devices: list[str]
-    dtypes: list[str]
-    features: list[str]
-
-
 class Operation:
     """A named operation and its backends, fastest first."""
 
@@ -130,19 +119,6 @@ class Operation:
         chosen = self._first(request) if backend == AUTO else self._forced(backend, request)
         self.last_backend = chosen.name
         return chosen
-
-    def describe(self) -> dict[str, BackendDescription]:
-        """For each backend, in order of preference: whether it can run here, and what it takes."""
-        return {
-            name: BackendDescription(
-                available=backend.unavailable() is None,
-                reason=backend.unavailable(),
-                devices=sorted(backend.devices),
-                dtypes=sorted(map(_dtype_name, backend.dtypes)),
-                features=sorted(backend.features),
-            )
-            for name, backend in self.backends.items()
-        }
 
     def _first(self, request: Request) -> Backend:
         for candidate in self.backends.values():

@@ -7,6 +7,7 @@ within a node's GPUs use NVLink, the others the network.
 
 from dataclasses import dataclass
 
+from samba_megatron.ops.cost import carry_bytes, halo_bytes
 from samba_megatron.planning.layout import Layout
 from samba_megatron.platform.hardware import Gpu
 
@@ -64,27 +65,26 @@ def tensor_layer(layout: Layout, gpu: Gpu, symbol: str) -> tuple[float, float, f
 
 
 def context_layer(layout: Layout, gpu: Gpu, symbol: str) -> tuple[float, float, float]:
-    """(bytes, seconds forward, seconds backward) of a layer's exchange along the sequence.
-
-    Attention passes keys and values around the ring, and backward their gradients too; in a window
-    that ends within the neighbour's part, the neighbour's alone. Mamba hands on its states.
-    """
-    ranks = layout.context
+    """(bytes, seconds forward, seconds backward) of a layer's exchange along the sequence: keys and
+    values before a rank's own, or a state and a convolution's inputs; backward, their gradients."""
+    ranks, model = layout.context, layout.config.model
     if ranks == 1 or symbol == "-":
         return 0.0, 0.0, 0.0
-    model, rate = layout.config.model, link_of(gpu, layout.tensor * ranks)[1]
-    if symbol == "M":
-        sequences = layout.config.training.micro_batch_size
-        state = sequences * model.d_inner // layout.tensor * (model.d_state + model.d_conv) * 4
-        return 2.0 * state, state / rate + ranks * _LATENCY, state / rate + ranks * _LATENCY
     part = layout.config.data.sequence_length // ranks
-    reach = ranks - 1
-    if symbol == "*" and model.window_size is not None:
-        reach = min(reach, -(-model.window_size // part))
-    own = 2 * layout.tokens * model.kv_heads * model.head_dim * layout.element / layout.tensor
-    forward, backward = own * reach, 2 * own * reach
-    latency = reach * _LATENCY
-    return forward + backward, forward / rate + latency, backward / rate + latency
+    sequences, element = layout.config.training.micro_batch_size, layout.element
+    if symbol == "M":
+        channels = model.d_inner // layout.tensor
+        size = carry_bytes(ranks, sequences, channels, model.d_state)
+        size += halo_bytes(ranks, part, model.d_conv - 1, sequences * channels, element)
+        messages = 1 + ranks.bit_length()
+    else:
+        window = model.window_size if symbol == "*" else None
+        wanted = part * ranks if window is None else window - 1
+        numbers = sequences * 2 * model.kv_heads * model.head_dim // layout.tensor
+        size = halo_bytes(ranks, part, wanted, numbers, element)
+        messages = min(-(-wanted // part), ranks - 1)
+    seconds = size / link_of(gpu, layout.tensor * ranks)[1] + messages * _LATENCY
+    return 2.0 * size, seconds, seconds
 
 
 def pipeline_message(layout: Layout, gpu: Gpu) -> tuple[float, float]:

@@ -63,7 +63,7 @@ class RunConsole:
                 table.add_row(f"  {name}", value)
             self._console.print(table)
 
-    def start(self, first_step: int, steps: int) -> None:
+    def start(self, steps: int) -> None:
         """Training begins."""
         if self._use_live:
             self._state.steps = self._state.steps or steps

@@ -107,12 +107,10 @@ def micro_batch_and_pieces(config: RunConfig, length: int) -> tuple[int, int]:
         Sequences of a micro-batch, as many as hold the tokens of a training micro-batch (of a piece
         of one), at least one; and the pieces of each, none shorter than in training.
     """
-    pieces = config.parallel.sequence_pieces
-    piece = config.data.sequence_length // pieces
-    together = config.training.micro_batch_size * piece // min(length, piece)
-    if pieces == 1:
-        together = config.training.micro_batch_size * piece // length
-    return max(together, 1), max(length // piece, 1) if pieces > 1 else 1
+    piece = config.data.sequence_length // config.parallel.sequence_pieces
+    pieces = max(length // piece, 1) if config.parallel.sequence_pieces > 1 else 1
+    together = config.training.micro_batch_size * piece // (length // pieces)
+    return max(together, 1), pieces
 
 
 def _fill_up(batches: list[Batch | None], config: RunConfig) -> list[Batch | None]:

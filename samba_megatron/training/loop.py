@@ -96,7 +96,7 @@ class Loop:
             self.validate()
         if self.config.training.gc_interval:
             gc.disable()
-        self.run.console.start(self.progress.step, self.run.length.steps)
+        self.run.console.start(self.run.length.steps)
         minutes = self.config.training.exit_duration_minutes
         self.stop.begin(self.run.run_dir, self.run.rank.rank == 0, minutes)
         stop = self._stop()

@@ -99,6 +99,13 @@ def worst(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
+def assert_together(runs: dict[str, list[float]], name: str, other: str, tolerance: float) -> None:
+    """The curves of two runs stay together over 20 steps."""
+    difference = worst(runs[name], runs[other])
+    print(f"{name} against {other}: {difference:.2e} (allowed {tolerance:.0e})")
+    assert difference <= tolerance
+
+
 @pytest.mark.parametrize(
     ("name", "other", "tolerance"),
     [
@@ -117,7 +124,4 @@ def worst(a: list[float], b: list[float]) -> float:
 def test_losses_agree(
     runs: dict[str, list[float]], name: str, other: str, tolerance: float
 ) -> None:
-    """The curves stay together over 20 steps."""
-    difference = worst(runs[name], runs[other])
-    print(f"{name} against {other}: {difference:.2e} (allowed {tolerance:.0e})")
-    assert difference <= tolerance
+    assert_together(runs, name, other, tolerance)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from samba_megatron.config import ParallelConfig
 from samba_megatron.ops.backends import last_backends
 from tests.distributed.toy import launch, losses, toy_config, write_short_documents
-from tests.gpu.test_backends import BF16, FP32, LOCAL, TORCH_OPS, WIDE, worst
+from tests.gpu.test_backends import BF16, FP32, LOCAL, TORCH_OPS, WIDE, assert_together, worst
 from tests.model.documents_ranks import FULL, SELECTIVE, layout
 from tests.model.isolation import Packing, Trial, packings, toy_run
 
@@ -108,10 +108,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 def test_losses_agree(
     runs: dict[str, list[float]], name: str, other: str, tolerance: float
 ) -> None:
-    """The curves stay together over 20 steps."""
-    difference = worst(runs[name], runs[other])
-    print(f"{name} against {other}: {difference:.2e} (allowed {tolerance:.0e})")
-    assert difference <= tolerance
+    assert_together(runs, name, other, tolerance)
 
 
 def test_documents_matter_in_this_run(runs: dict[str, list[float]]) -> None:

@@ -25,12 +25,6 @@ def test_flops_of_the_mixer():
     assert cost.conv_flops(10, 6, 4) == 10 * 6 * 4 * 2
 
 
-def test_bytes_count_inputs_and_outputs_once():
-    assert cost.scan_bytes(10, 6, 4, 2) == 10 * 2 * (3 * 6 + 2 * 4 + 6)
-    assert cost.conv_bytes(10, 6, 2) == 10 * 2 * (6 + 6)
-    assert cost.attention_bytes(10, 4, 2, 8, 2) == 10 * 2 * 8 * (4 + 2 + 2 + 4)
-
-
 @pytest.mark.parametrize(("ranks", "rounds"), [(2, 1), (3, 2), (4, 3), (5, 3), (8, 4), (9, 4)])
 def test_bytes_of_the_state_carried_between_ranks(ranks, rounds):
     """The shift by one, then maps that span 1, 2, 4, … ranks until they span all before."""

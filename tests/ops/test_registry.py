@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from samba_megatron.ops.backends import describe_backends, last_backends
+from samba_megatron.ops.backends import OPERATIONS, last_backends
 from samba_megatron.ops.registry import (
     ALL_DTYPES,
     CPU_AND_CUDA,
@@ -112,18 +112,17 @@ def test_kernels_are_imported_once_and_only_when_needed():
     assert len(calls) == 1
 
 
-def test_description_of_all_operations():
-    described = describe_backends()
-    assert list(described["selective_scan"]) == ["fused", "mamba_ssm", "torch", "reference"]
-    assert list(described["causal_conv1d"]) == ["causal_conv1d", "torch", "reference"]
-    attention = ["transformer_engine", "flash_attn", "torch", "reference"]
-    assert list(described["windowed_attention"]) == attention
-    assert list(described["swiglu"]) == ["triton", "torch"]
-    for backends in described.values():
-        assert backends["torch"]["available"]
-        for status in backends.values():
-            assert status["available"] == (status["reason"] is None)
-    assert set(last_backends()) == set(described)
+def test_backends_of_all_operations():
+    """Fastest first; torch is always there."""
+    assert {name: list(operation.backends) for name, operation in OPERATIONS.items()} == {
+        "selective_scan": ["fused", "mamba_ssm", "torch", "reference"],
+        "causal_conv1d": ["causal_conv1d", "torch", "reference"],
+        "windowed_attention": ["transformer_engine", "flash_attn", "torch", "reference"],
+        "swiglu": ["triton", "torch"],
+    }
+    for operation in OPERATIONS.values():
+        assert operation.backends["torch"].unavailable() is None
+    assert set(last_backends()) == set(OPERATIONS)
 
 
 def test_costs_are_counted_without_torch():

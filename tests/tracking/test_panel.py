@@ -114,7 +114,7 @@ def test_a_broken_panel_is_one_warning_and_plain_lines(
     """A record that nobody expected must not end the training."""
     console = RunConsole(tmp_path, speaks=True, progress="live")
     console.hear(START)
-    console.start(0, 20)
+    console.start(20)
     console.hear(train(1))
     console.hear({"kind": "train", "step": 2})
     console._on_panel(lambda panel: panel.draw(force=True))

@@ -1,7 +1,5 @@
 """Causal attention where earlier keys and values are on the ranks before."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -9,10 +7,7 @@ from torch.distributed import ProcessGroup
 from samba_megatron.ops.context_parallel.halo import EarlierPositions
 from samba_megatron.ops.registry import AUTO
 from samba_megatron.ops.windowed_attention import windowed_attention
-from samba_megatron.ops.windowed_attention.packing import PackedDocuments
-
-PackedStretches = Callable[[slice, int], PackedDocuments | None]
-"""(positions of the keys in the whole sequence, how many queries end them) → their documents."""
+from samba_megatron.ops.windowed_attention.packing import PackedStretches
 
 
 def sharded_windowed_attention(

@@ -1,5 +1,6 @@
 """Documents laid end to end, as kernels for sequences of several lengths take them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,10 @@ class PackedDocuments(NamedTuple):
             query_ends=self.query_ends.to(device, non_blocking=True),
             key_ends=self.key_ends.to(device, non_blocking=True),
         )
+
+
+PackedStretches = Callable[[slice, int], PackedDocuments | None]
+"""(positions of the keys in the whole sequence, how many queries end them) → their documents."""
 
 
 def pack_documents(reset: Tensor, queries: int | None = None) -> PackedDocuments:

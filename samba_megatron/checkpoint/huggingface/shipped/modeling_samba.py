@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from .cache_samba import AttentionState, MambaState, SambaCache
 from .configuration_samba import SambaConfig, SambaHybridConfig
-from .operations_samba import causal_convolution, selective_scan
+from .operations_samba import causal_convolution, rotate, selective_scan
 
 try:
     from flash_attn import flash_attn_func, flash_attn_with_kvcache
@@ -110,22 +110,6 @@ class SambaMamba(nn.Module):
         if state is not None:
             state.conv, state.scan = last_inputs, last_state
         return self.out_proj(y.transpose(1, 2))
-
-
-def rotate(q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of [b, heads, L, head dim]; halves, not neighbours, make a pair."""
-    if rotary is None:
-        return q, k
-    cos, sin = (part[:, None] for part in rotary)
-    # Together: while single tokens are written, time goes by the number of kernels.
-    low, high = torch.cat([q, k], dim=1).float().chunk(2, dim=-1)
-    turned = (
-        torch.addcmul(low * cos, high, sin, value=-1.0),
-        torch.addcmul(high * cos, low, sin),
-    )
-    heads = [q.shape[1], k.shape[1]]
-    q, k = torch.cat(turned, dim=-1).to(q.dtype).split(heads, dim=1)
-    return q, k
 
 
 class SambaAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""The causal convolution and the selective scan, with given and returned states.
+"""The causal convolution and the selective scan, with given and returned states; rotary embedding.
 
 mamba-ssm's and causal-conv1d's kernels where they are installed and apply, else torch. Two kinds:
 over a whole prompt, and of a single token that goes on from a state.
@@ -120,3 +120,19 @@ def _scan_in_torch(
         outputs.append((state * C[:, None, :, t]).sum(-1))
     y = (torch.stack(outputs, dim=-1) + D[:, None] * wide) * F.silu(z.float())
     return y.to(u.dtype), state
+
+
+def rotate(q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of [b, heads, L, head dim]; halves, not neighbours, make a pair."""
+    if rotary is None:
+        return q, k
+    cos, sin = (part[:, None] for part in rotary)
+    # Together: while single tokens are written, time goes by the number of kernels.
+    low, high = torch.cat([q, k], dim=1).float().chunk(2, dim=-1)
+    turned = (
+        torch.addcmul(low * cos, high, sin, value=-1.0),
+        torch.addcmul(high * cos, low, sin),
+    )
+    heads = [q.shape[1], k.shape[1]]
+    q, k = torch.cat(turned, dim=-1).to(q.dtype).split(heads, dim=1)
+    return q, k
