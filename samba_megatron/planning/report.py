@@ -12,6 +12,7 @@ from rich.text import Text
 from samba_megatron.config import RunConfig
 from samba_megatron.config.units import format_tokens
 from samba_megatron.planning.plan import USABLE, Plan
+from samba_megatron.tracking.numbers import format_count
 
 GIB = 2**30
 
@@ -145,7 +146,7 @@ def ranking(plans: Sequence[Plan]) -> Table:
             f"{plan.time.total:.3f}",
             f"{plan.tokens_per_second / layout.world_size:,.0f}",
             f"{100 * plan.mfu:.1f} %",
-            _count(86400 * plan.tokens_per_second),
+            format_count(86400 * plan.tokens_per_second, digits=4),
         )
     return table
 
@@ -214,9 +215,9 @@ def _run(plan: Plan, tokens: int, write_rate: float) -> Table:
         flops += f" ({100 * plan.mfu_of_precision:.1f} % of the FP8 peak)"
     rate = f"{plan.tokens_per_second / 1e6:.2f}M tokens/s, "
     rows = [
-        ("speed", f"{rate}{_count(86400 * plan.tokens_per_second)} a day; {flops}"),
+        ("speed", f"{rate}{format_count(86400 * plan.tokens_per_second, digits=4)} a day; {flops}"),
         (
-            f"{_count(tokens)} tokens",
+            f"{format_count(tokens, digits=4)} tokens",
             f"{seconds / 86400:.1f} days, {seconds / 3600 * layout.world_size:,.0f} GPU-hours, "
             "without stops",
         ),
@@ -231,10 +232,3 @@ def _run(plan: Plan, tokens: int, write_rate: float) -> Table:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
-
-
-def _count(number: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.4g}{letter}"
-    return f"{number:.0f}"

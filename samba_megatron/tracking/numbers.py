@@ -1,12 +1,12 @@
 """Numbers as people read them."""
 
 
-def format_count(number: float) -> str:
+def format_count(number: float, digits: int = 3) -> str:
     """1234567 → ``1.23M``; K, M, B, T."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
+            return f"{number / size:.{digits}g}{letter}"
+    return f"{number:.{digits}g}"
 
 
 def format_duration(seconds: float) -> str:
