@@ -62,7 +62,7 @@ def test_measures_and_reports(command, capsys) -> None:
 
 
 def test_the_time_limit_is_kept_and_said(command) -> None:
-    output = command("--time-limit", "0")
+    output = command("--time-limit", "1e-9")
     found = json.loads((output / "generation.json").read_text())
     assert found["prompts"] == found["positions"] == [] and not found["decoding"]
     assert "left out for --time-limit: tokens after 64 and more" in found["notes"]
