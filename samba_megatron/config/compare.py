@@ -153,6 +153,7 @@ CHANGES: Mapping[str, Change] = {
     "logging.log_interval": _FREE,
     "logging.straggler_interval": _FREE,
     "logging.log_layer_norms_interval": _FREE,
+    "logging.log_fp8_health_interval": _FREE,
     "logging.progress": _FREE,
     "logging.mlflow_tracking_uri": _FREE,
     "logging.mlflow_experiment": _FREE,

@@ -17,6 +17,9 @@ class LoggingConfig:
     log_layer_norms_interval: int | None = None
     """Steps between records of each layer's weight, gradient and activation norms; unset: none."""
 
+    log_fp8_health_interval: int | None = None
+    """Steps between records of what FP8 loses and clips of each matrix product; unset: none."""
+
     progress: Literal["auto", "live", "plain"] = "auto"
     """A live panel, or plain lines; ``auto`` is live on a terminal."""
 

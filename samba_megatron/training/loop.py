@@ -14,6 +14,7 @@ from samba_megatron.tracking.metrics import MetricsFile
 from samba_megatron.training.data_parallel import whole_parameters
 from samba_megatron.training.endings import RunLog
 from samba_megatron.training.evaluation import Evaluator
+from samba_megatron.training.fp8_health import Fp8Health, worst
 from samba_megatron.training.layer_norms import LayerNorms
 from samba_megatron.training.profiling import StepProfiler
 from samba_megatron.training.report import Rates, start_record
@@ -53,6 +54,9 @@ class Loop:
         )
         self.timers, self.rank_times = attach_timers(self.chunks), self._rank_times()
         self.layer_norms = LayerNorms(self.chunks, run.config.logging.log_layer_norms_interval)
+        self.fp8_health = Fp8Health(
+            self.chunks, run.config.precision, run.config.logging.log_fp8_health_interval
+        )
         self.between, self.nodes, self.slow = Stopwatch(), list[str](), set[int]()
         self.stream = self._open_stream()
         self.guard = self.recovery = None
@@ -113,7 +117,8 @@ class Loop:
         return self._end(stop)
 
     def _step(self) -> None:
-        self.watchdog.step(self.progress.step + 1)
+        number = self.progress.step + 1
+        self.watchdog.step(number)
         watch = Stopwatch()
         start = time.perf_counter()
         length = self.config.data.sequence_length
@@ -130,7 +135,7 @@ class Loop:
         optimizer, micro_batch = self.run.state.optimizer, self.config.training.micro_batch_size
         lr = learning_rate(optimizer)
         try:
-            with self.layer_norms.watching(self.progress.step + 1):
+            with self.layer_norms.watching(number), self.fp8_health.watching(number):
                 result = train_step(
                     *(self.chunks, optimizer, batches, length, micro_batch, self.guard),
                     timers=self.timers,
@@ -205,6 +210,11 @@ class Loop:
             record = self.layer_norms.collect()
             if self.metrics:
                 self.metrics.write("layers", step=step, **record)
+        if self.fp8_health.wanted(step):
+            record = self.fp8_health.collect()
+            self.run.console.say(f"step {step} {worst(record)}")
+            if self.metrics:
+                self.metrics.write("fp8", step=step, **record)
 
     def _compare_ranks(self, seconds: dict[str, float]) -> dict[str, Any]:
         """What the step's record says of all ranks' times; every rank calls it."""

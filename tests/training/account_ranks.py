@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from samba_megatron.config import RunConfig
+from samba_megatron.config import PrecisionConfig, RunConfig
 from samba_megatron.planning.layout import Layout
 from samba_megatron.planning.memory import stage_memory
 from samba_megatron.platform import distributed
+from samba_megatron.training.fp8_health import Fp8Health, worst
 from samba_megatron.training.layer_norms import LayerNorms
 from samba_megatron.training.step import NonFiniteStep, train_step
 from samba_megatron.training.timing import attach_timers
@@ -44,6 +45,7 @@ def main(folder: Path) -> None:
             found = step(run)
             found["bytes"] = gathered(real_bytes(config, run))
             if dtype == "fp32":
+                found["fp8"] = fp8_health(run)
                 found["gradient fault"] = gradient_fault(run)
                 found["fault"] = fault(run)
             results[f"{name} {dtype}"] = found
@@ -68,6 +70,25 @@ def step(run: TinyRun) -> dict[str, Any]:
             before_update=lambda: layers.update(norms.collect()),
         )
     return {"grad_norm": result.grad_norm, "layers": layers, "seconds": gathered(result.seconds)}
+
+
+def fp8_health(run: TinyRun) -> dict[str, Any]:
+    """What FP8 would make of a step's products, had the linears Transformer Engine's mark; every
+    second weight of an MLP's way in is too small for its block."""
+    for chunk in run.state.model:
+        for name, module in chunk.module.named_modules():
+            if name.endswith(("in_proj", "out_proj", "linear_qkv", "linear_proj", "fc1", "fc2")):
+                module.fp8_meta = {}
+            if name.endswith("fc1"):
+                module.weight.data[:, ::2] *= 1e-9
+    health = Fp8Health(run.state.model, PrecisionConfig(fp8="e4m3", fp8_recipe="mxfp8"), 1)
+    record: dict[str, Any] = {}
+    with health.watching(1):
+        train_step(
+            *(run.state.model, run.state.optimizer, _micro_batches(0), SEQUENCE, 1),
+            before_update=lambda: record.update(health.collect()),
+        )
+    return record | {"worst": worst(record)}
 
 
 def real_bytes(config: RunConfig, run: TinyRun) -> dict[str, Any]:

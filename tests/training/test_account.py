@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from samba_megatron.training.fp8_health import OPERANDS
 from samba_megatron.training.stragglers import stand_out
 from tests.checkpoint.launch import run_ranks
 from tests.training.account_ranks import DTYPES, LAYOUTS, WORLD
@@ -53,6 +54,28 @@ def test_norms_by_layer_do_not_depend_on_the_layout(results: dict[str, Any], nam
     for figure in ("weight_norm", "gradient_norm", "activation_rms"):
         for ours, theirs in zip(layers[figure], expected[figure], strict=True):
             assert ours == (theirs if theirs is None else pytest.approx(theirs, rel=1e-4))
+
+
+@pytest.mark.parametrize("name", IN_FP32)
+def test_what_fp8_loses_does_not_depend_on_the_layout(results: dict[str, Any], name: str) -> None:
+    found, expected = results[name]["fp8"], results[NAMES[0]]["fp8"]
+    assert found["names"] == expected["names"]
+    assert found["names"][:3] == [
+        "layer 1 (mamba) in_proj",
+        "layer 1 (mamba) out_proj",
+        "layer 2 (mlp) linear_fc1",
+    ]
+    for operand in OPERANDS:
+        assert found[operand]["amax"] == pytest.approx(expected[operand]["amax"], rel=1e-3)
+        assert min(found[operand]["amax"]) > 0 and max(found[operand]["clipped"]) == 0
+        for linear, ours, theirs in zip(
+            found["names"], found[operand]["lost"], expected[operand]["lost"], strict=True
+        ):
+            # Two ranks' parts of attention's heads are no multiple of a block.
+            assert "(attention)" in linear or ours == pytest.approx(theirs, abs=1e-4)
+    lost = found["weight"]["lost"]
+    assert lost[2] == pytest.approx(0.5, abs=1e-3) and max(lost[:2]) < 1e-3
+    assert "(weight of layer " in found["worst"] and "0.00% clipped" in found["worst"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -59,6 +59,7 @@ POSITIVE = frozenset(
         "logging.log_interval",
         "logging.straggler_interval",
         "logging.log_layer_norms_interval",
+        "logging.log_fp8_health_interval",
         "logging.profile_step_start",
         "logging.profile_step_end",
     ]
