@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 70
 FLOORS = (
     {"tools", "pretrain", "slurm"},
     {"training"},
-    {"checkpoint", "data", "evaluation", "planning", "tracking"},
+    {"benchmarks", "checkpoint", "data", "evaluation", "planning", "tracking"},
     {"model"},
     {"ops"},
     {"platform"},

@@ -6,6 +6,7 @@ Only the standard library: a machine is looked at before anything is known to wo
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class State(StrEnum):
@@ -35,7 +36,7 @@ class Finding:
     """What it enables, or what its lack costs."""
     fix: str = ""
     """A command, where there is something to mend."""
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
     """What was measured, by name with its unit."""
 
 

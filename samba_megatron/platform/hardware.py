@@ -47,6 +47,7 @@ class Gpu:
     network: float
     node_gpus: int
     multiprocessors: int
+    exponentials: float
     source: str
     achieved: Achieved
 

@@ -8,6 +8,7 @@ child goes on after it.
 
 import dataclasses
 import json
+import math
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import IO
@@ -25,6 +26,8 @@ from samba_megatron.platform.findings import Finding, State, first_line
 Trial = tuple[str, str, Callable[[], Finding]]
 """Area, name, and what to do."""
 
+START = ("kernels", "their process")
+"""Area and name of what is to blame where no trial has begun."""
 _ROOT = Path(__file__).resolve().parents[2]
 _STDERR = 2
 _START_ANOTHER = 3
@@ -54,16 +57,20 @@ def _send(channel: IO[str], message: dict[str, object]) -> None:
     channel.flush()
 
 
-def run_in_children(module: str, seconds: float) -> Iterator[Finding]:
+def run_in_children(
+    module: str, seconds: float, arguments: Sequence[str] = (), stop: float = math.inf
+) -> Generator[Finding]:
     """The findings of ``python -m module``, whose main calls :func:`serve`, as they come.
 
     Args:
         module: it takes the number of trials to leave out as its argument.
         seconds: what a trial may take.
+        arguments: further ones.
+        stop: moment (of the monotonic clock) at which a trial that goes on is ended.
     """
     done = 0
     while True:
-        child = _Child(module, done, seconds)
+        child = _Child([module, str(done), *arguments], seconds, stop)
         try:
             for finding in child.findings():
                 done += 1
@@ -90,19 +97,20 @@ class Ending(Enum):
 class _Child:
     """One process, from its start to the trial that it did not survive."""
 
-    def __init__(self, module: str, done: int, seconds: float) -> None:
+    def __init__(self, words: Sequence[str], seconds: float, stop: float) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(done)],
+            [sys.executable, "-m", *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )
-        self._seconds, self._hung = seconds, False
-        self._pending: tuple[str, str] | None = ("kernels", "their process")
+        self._seconds, self._stop, self._hung = seconds, stop, False
+        self._began = time.monotonic()
+        self._pending: tuple[str, str] | None = START
         self.has_begun = False
 
     def findings(self) -> Iterator[Finding]:
@@ -120,7 +128,7 @@ class _Child:
     def _lines(self) -> Iterator[bytes]:
         assert self._process.stdout is not None
         pipe, buffer = self._process.stdout.fileno(), b""
-        deadline = time.monotonic() + self._seconds
+        deadline = self._deadline()
         while True:
             ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -131,7 +139,11 @@ class _Child:
                 return
             *lines, buffer = (buffer + received).split(b"\n")
             yield from lines
-            deadline = time.monotonic() + self._seconds
+            deadline = self._deadline()
+
+    def _deadline(self) -> float:
+        self._began = time.monotonic()
+        return min(self._began + self._seconds, self._stop)
 
     def wait(self) -> Finding | Ending:
         """How it ended; a finding where a trial is to blame."""
@@ -139,7 +151,7 @@ class _Child:
         if self._pending is None:
             return Ending.SPOILT if code == _START_ANOTHER else Ending.COMPLETE
         if code is None:
-            reason = f"no answer within {self._seconds:.0f} s"
+            reason = f"no answer within {time.monotonic() - self._began:.0f} s"
         else:
             reason = f"its process ended with {_ending(code)}{self._last_words()}"
         return Finding(*self._pending, State.BROKEN, reason)
