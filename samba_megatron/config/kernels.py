@@ -27,5 +27,7 @@ class KernelsConfig:
     """Transformer Engine's linears add their weights' gradients to the gradient buffer as part of
     the matrix product, instead of making them first and adding then."""
 
-    cross_entropy: Literal["auto", "megatron", "transformer_engine"] = "auto"
-    """Vocabulary-parallel cross-entropy: megatron-core's, or Transformer Engine's fused one."""
+    cross_entropy: Literal["auto", "megatron", "transformer_engine", "chunked"] = "auto"
+    """Vocabulary-parallel cross-entropy: megatron-core's, Transformer Engine's fused one, or
+    ``chunked``, which is one with the head and holds the logits of a few thousand tokens at a
+    time, never of a whole micro-batch."""

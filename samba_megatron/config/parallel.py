@@ -3,7 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-RecomputeModule = Literal["mamba", "attention", "mlp"]
+RecomputeModule = Literal[
+    "mamba", "attention", "mlp", "mlp_act", "conv1d", "dt_proj", "layernorm", "scan"
+]
+RECOMPUTABLE_PARTS = {
+    "mlp_act": "-",
+    "conv1d": "M",
+    "dt_proj": "M",
+    "layernorm": "M*F-",
+    "scan": "M",
+}
+"""Results that cost little to compute again, by name; the layers that have one."""
 
 
 @dataclass
@@ -45,7 +55,7 @@ class ParallelConfig:
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """``full`` recomputes whole layers in the backward pass (see ``recompute_method``),
-    ``selective`` the layer kinds in ``recompute_modules``."""
+    ``selective`` what ``recompute_modules`` names."""
 
     recompute_method: Literal["uniform", "block"] = "uniform"
     """``full``: checkpoint every ``recompute_num_layers`` layers, or only the first that many."""
@@ -54,7 +64,17 @@ class ParallelConfig:
     """Layers a checkpoint (``uniform``) or layers to recompute a stage (``block``)."""
 
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["mamba"])
-    """``selective``: layer kinds to recompute, each alone."""
+    """``selective``: layer kinds to recompute, each alone (``mamba``, ``attention``, ``mlp``), and
+    results within layers that cost little to compute again: the MLPs' activation (``mlp_act``),
+    Mamba's convolution (``conv1d``), step sizes (``dt_proj``) and scan (``scan``), the layers'
+    norms (``layernorm``)."""
 
     distributed_timeout_minutes: float = 10.0
     """A collective that takes longer ends the run."""
+
+    @property
+    def recomputed_parts(self) -> tuple[str, ...]:
+        """Of ``recompute_modules``, the results within layers; none where that does not hold."""
+        if self.recompute_granularity != "selective":
+            return ()
+        return tuple(name for name in self.recompute_modules if name in RECOMPUTABLE_PARTS)

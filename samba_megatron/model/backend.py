@@ -1,6 +1,8 @@
 """The layer backends: which class is a linear, a norm, an attention. One choice, in one place."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -24,10 +26,12 @@ class Backend:
     """The norm after the last layer."""
     core_attention: Any
     """Softmax attention of given q, k and v."""
+    norm_apart: bool
+    """Whether a layer's norm stands before the linear, not in it."""
 
     def fused_norm_keys(self, linear: str, norm: str) -> dict[str, str]:
         """Checkpoint keys: a norm inside ``linear`` is saved as if it stood alone as ``norm``."""
-        if self.name == "local":
+        if self.norm_apart:
             return {}
         return {f"{linear}.layer_norm_": f"{norm}."}
 
@@ -51,41 +55,72 @@ def choose_implementation(
     return wanted
 
 
-def build_backend(implementation: Implementation, context_parallel: bool = False) -> Backend:
+def build_backend(
+    implementation: Implementation,
+    context_parallel: bool = False,
+    recomputed: Collection[str] = (),
+) -> Backend:
     """The backend's modules; imports what it needs.
 
     Args:
         implementation: as :func:`choose_implementation` resolved it.
         context_parallel: whether several ranks share a sequence: then attention is this project's
             (Transformer Engine would cut it into pieces in its own order).
+        recomputed: results that the linears let go (``parallel.recomputed_parts``). A norm can be
+            let go where it stands apart from its linear.
     """
+    if implementation == "transformer_engine":
+        backend = _transformer_engine(context_parallel, norm_apart="layernorm" in recomputed)
+    else:
+        backend = _local()
+    return _letting_go(backend, recomputed)
+
+
+def _letting_go(backend: Backend, recomputed: Collection[str]) -> Backend:
+    from samba_megatron.model.recomputation import dropping, recomputable_module
+
+    if "layernorm" in recomputed:
+        backend = replace(
+            backend,
+            norm_column_linear=dropping(backend.norm_column_linear),
+            layer_norm=partial(recomputable_module, backend.layer_norm),
+        )
+    if {"mlp_act", "scan"} & set(recomputed):
+        backend = replace(backend, row_linear=dropping(backend.row_linear))
+    return backend
+
+
+def _transformer_engine(context_parallel: bool, norm_apart: bool) -> Backend:
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
     from megatron.core.transformer.identity_op import IdentityOp
 
     from samba_megatron.model.layers.attention_modules import LocalCoreAttention
+    from samba_megatron.model.layers.transformer_engine_attention import (
+        TransformerEngineCoreAttention,
+    )
 
-    if implementation == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import (
-            TELayerNormColumnParallelLinear,
-            TENorm,
-            TERowParallelLinear,
-        )
+    return Backend(
+        name="transformer_engine",
+        norm_column_linear=TEColumnParallelLinear
+        if norm_apart
+        else TELayerNormColumnParallelLinear,
+        row_linear=TERowParallelLinear,
+        layer_norm=TENorm if norm_apart else IdentityOp,
+        final_norm=TENorm,
+        core_attention=LocalCoreAttention if context_parallel else TransformerEngineCoreAttention,
+        norm_apart=norm_apart,
+    )
 
-        from samba_megatron.model.layers.transformer_engine_attention import (
-            TransformerEngineCoreAttention,
-        )
 
-        return Backend(
-            name="transformer_engine",
-            norm_column_linear=TELayerNormColumnParallelLinear,
-            row_linear=TERowParallelLinear,
-            layer_norm=IdentityOp,
-            final_norm=TENorm,
-            core_attention=LocalCoreAttention
-            if context_parallel
-            else TransformerEngineCoreAttention,
-        )
+def _local() -> Backend:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+    from samba_megatron.model.layers.attention_modules import LocalCoreAttention
     from samba_megatron.model.layers.norm import RMSNorm
 
     return Backend(
@@ -95,4 +130,5 @@ def build_backend(implementation: Implementation, context_parallel: bool = False
         layer_norm=RMSNorm,
         final_norm=RMSNorm,
         core_attention=LocalCoreAttention,
+        norm_apart=True,
     )

@@ -1,5 +1,7 @@
 """Our variants of megatron's hybrid host classes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from samba_megatron.config.pattern import layer_symbols
 from samba_megatron.model.backend import Backend
+from samba_megatron.model.head import ChunkedHead, Losses
 from samba_megatron.model.layers import KINDS
 from samba_megatron.model.rotary import ShardedRotaryEmbedding
 from samba_megatron.model.sequence import sequence_params
@@ -44,6 +47,8 @@ class SambaModel(HybridModel):
     """megatron's hybrid language model; knows the letters of all its layers."""
 
     config: SambaTransformerConfig
+    post_process: bool
+    output_layer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,13 +60,41 @@ class SambaModel(HybridModel):
                 use_cpu_initialization=self.config.use_cpu_initialization,
                 cp_group=self.pg_collection.cp,
             )
+        if self.post_process and self.config.kernels.cross_entropy == "chunked":
+            self.output_layer = ChunkedHead(self.output_layer, self.config)
 
-    def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Tensor:
-        """As megatron's; a piece of a sequence is turned by its positions in the whole one."""
+    def forward(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Losses:
+        """As megatron's; a piece of a sequence is turned by its positions in the whole one, and a
+        head that has the loss in it is given what that needs."""
         if self.position_embedding_type == "rope":
-            past = sequence_params(packed_seq_params).past
+            sequence = sequence_params(packed_seq_params)
+            past, self.rotary_pos_emb.sequences = sequence.past, sequence.sequences
             self.rotary_pos_emb.start = past.start if past is not None else 0
-        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        kwargs["packed_seq_params"] = packed_seq_params
+        chunked = self.post_process and isinstance(self.output_layer, ChunkedHead)
+        if labels is None or not chunked:
+            return super().forward(*args, labels=labels, loss_mask=loss_mask, **kwargs)
+        with self.without_head():
+            hidden = super().forward(*args, **kwargs)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return self.output_layer(hidden, weight, labels=labels, loss_mask=loss_mask)
+
+    @contextmanager
+    def without_head(self) -> Iterator[None]:
+        """Inside, the model ends at its last hidden states: no logits are made."""
+        before, self.post_process = self.post_process, False
+        try:
+            yield
+        finally:
+            self.post_process = before
 
     @property
     def layer_symbols(self) -> str:

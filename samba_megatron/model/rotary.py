@@ -1,4 +1,4 @@
-"""The rotary embedding of a contiguous piece of the sequence."""
+"""The rotary embedding of contiguous pieces of sequences, or of sequences laid end to end."""
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
@@ -16,6 +16,9 @@ class ShardedRotaryEmbedding(RotaryEmbedding):
     start = 0
     """First position of what the model is given, where that is a piece of a sequence."""
 
+    sequences = 1
+    """How many sequences lie end to end in what the model is given."""
+
     def forward(
         self,
         max_seq_len: int,
@@ -23,7 +26,8 @@ class ShardedRotaryEmbedding(RotaryEmbedding):
         packed_seq: bool = False,
         cp_group: ProcessGroup | None = None,
     ) -> Tensor:
-        """Angles of this rank's positions, [max_seq_len / ranks, 1, 1, kv_channels].
+        """Angles of this rank's positions, [max_seq_len / ranks, 1, 1, kv_channels]; those of
+        sequences end to end one after the other.
 
         Args:
             max_seq_len: length of the whole sequence.
@@ -35,4 +39,5 @@ class ShardedRotaryEmbedding(RotaryEmbedding):
             raise NotImplementedError("sequences in Megatron's packed format are not cut in pieces")
         group = cp_group or self.cp_group
         own = max_seq_len // group.size()
-        return self.get_emb(own, self.start + offset + group.rank() * own)
+        angles = self.get_emb(own, self.start + offset + group.rank() * own)
+        return angles.repeat(self.sequences, 1, 1, 1)

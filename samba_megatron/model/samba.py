@@ -68,22 +68,27 @@ def flops_per_token(
 
 
 RECOMPUTED_KINDS = {"mamba": "M", "attention": "*F", "mlp": "-"}
-"""The layers of each name in ``parallel.recompute_modules``."""
+"""The layers that each name in ``parallel.recompute_modules`` computes again whole; its other names
+are results within layers (:meth:`LayerKind.recomputable_parts`)."""
 
 
 def _recomputed_flops(model: ModelConfig, sequence_length: int, parallel: ParallelConfig) -> float:
     """A token's forward operations that the backward pass does again."""
+    layers = layer_symbols(model.hybrid_layer_pattern)
+    parts = [KINDS[s].recomputable_parts(model) for s in layers]
+    again = sum(part[n].flops for n in parallel.recomputed_parts for part in parts if n in part)
     if parallel.sequence_pieces > 1 and parallel.sequence_piece_gradients == "exact":
-        # A first pass through all pieces but the last; nothing else is recomputed then.
-        whole = layer_symbols(model.hybrid_layer_pattern)
-        forward = sum(KINDS[s].flops_per_token(model, sequence_length) for s in whole)
-        return forward * (1 - 1 / parallel.sequence_pieces)
+        # A first pass through all pieces but the last; no layer is recomputed whole then.
+        forward = sum(KINDS[s].flops_per_token(model, sequence_length) for s in layers)
+        return again + forward * (1 - 1 / parallel.sequence_pieces)
     if parallel.recompute_granularity is None:
         return 0.0
     if parallel.recompute_granularity == "selective":
-        again = "".join(RECOMPUTED_KINDS[name] for name in parallel.recompute_modules)
-        symbols = [s for s in layer_symbols(model.hybrid_layer_pattern) if s in again]
-        return sum(KINDS[s].recomputed_flops_per_token(model, sequence_length) for s in symbols)
+        whole = "".join(RECOMPUTED_KINDS.get(name, "") for name in parallel.recompute_modules)
+        symbols = [s for s in layers if s in whole]
+        return again + sum(
+            KINDS[s].recomputed_flops_per_token(model, sequence_length) for s in symbols
+        )
     stages = split_stages(
         model.hybrid_layer_pattern,
         parallel.pipeline_model_parallel_size,
@@ -144,7 +149,10 @@ def _build_chunk(
     from samba_megatron.platform import distributed
 
     model = config.model
-    backend = build_backend(implementation, config.parallel.context_parallel_size > 1)
+    parallel = config.parallel
+    backend = build_backend(
+        implementation, parallel.context_parallel_size > 1, parallel.recomputed_parts
+    )
     chunk = SambaModel(
         build_transformer_config(config, implementation),
         hybrid_stack_spec=ModuleSpec(

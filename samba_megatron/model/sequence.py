@@ -5,6 +5,10 @@ argument ``packed_seq_params``. Ours takes that way. Its format is not Megatron'
 one row of documents without a batch): hidden states stay [s, b, h], and Megatron's own code reads
 nothing of it but the length of the sequence, for the rotary embedding.
 
+The sequences of a micro-batch may lie end to end, as one row [b·s, 1, h]: what works on a position
+at a time does not see the difference, and the operations that look back get a view of them side by
+side (:meth:`SequenceParams.apart`). Attention kernels want them so, and need no copies then.
+
 Rotary positions count from the start of the sequence, not of the document: attention sees only
 their differences.
 """
@@ -34,8 +38,11 @@ class SequenceParams(PackedSeqParams):
     past: Past | None = None
     """What precedes these positions, where a sequence is computed piece by piece."""
 
+    sequences: int = 1
+    """How many lie end to end in the one row of hidden states; 1: the batch lies side by side."""
+
     document_start: Tensor | None = None
-    """The same on the CPU, [b, s]: what makes something of it there need not wait for a device."""
+    """``reset`` on the CPU, [b, s]: what makes something of it there need not wait for a device."""
 
     _packed: dict[tuple[int, int, int], PackedDocuments] = field(default_factory=dict)
 
@@ -43,6 +50,16 @@ class SequenceParams(PackedSeqParams):
         super().__post_init__()
         if self.qkv_format is not None:
             raise ValueError(f"sequences lie as [s, b, h], not in the format {self.qkv_format}")
+
+    def apart(self, x: Tensor) -> Tensor:
+        """Sequences side by side: [b·s, 1, …] → [s, b, …], a view."""
+        if self.sequences == 1:
+            return x
+        return x.unflatten(0, (self.sequences, -1)).squeeze(2).transpose(0, 1)
+
+    def joined(self, y: Tensor) -> Tensor:
+        """The inverse of :meth:`apart`; a copy if ``y``'s memory has sequences side by side."""
+        return y if self.sequences == 1 else y.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
     def packed(self, keys: slice, queries: int) -> PackedDocuments | None:
         """Documents end to end, for attention kernels that want them so; made once for all layers.
@@ -60,21 +77,25 @@ class SequenceParams(PackedSeqParams):
         return self._packed[stretch]
 
 
-def documents_apart(document_start: Tensor, device: torch.device | str) -> SequenceParams:
+def documents_apart(
+    document_start: Tensor, device: torch.device | str, end_to_end: bool = False
+) -> SequenceParams:
     """The sequences of a batch whose documents must not see each other.
 
     Args:
         document_start: bool [b, s], True at the first token of a document. Where it lies on the
             CPU, nothing here waits for ``device``.
         device: where the layers compute.
+        end_to_end: whether the model gets the sequences as one row.
     """
     reset = document_start.t()
-    length = reset.shape[0]
+    length, batch = reset.shape
     return SequenceParams(
         max_seqlen_q=length,
         max_seqlen_kv=length,
         reset=reset.to(device, non_blocking=True).contiguous(),
         document_start=document_start,
+        sequences=batch if end_to_end else 1,
     )
 
 

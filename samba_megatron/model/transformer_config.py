@@ -28,6 +28,13 @@ class SambaTransformerConfig(TransformerConfig):
     recompute_mamba: bool = False
     """Compute the Mamba mixers' inner part again in the backward pass."""
 
+    recompute_parts: tuple[str, ...] = ()
+    """Results within layers to compute again in the backward pass, by their names in
+    ``parallel.recompute_modules``."""
+
+    sequences_end_to_end: bool = False
+    """Give the model a micro-batch's sequences as one row (see ``model/sequence.py``)."""
+
     sequence_pieces: int = 1
     """Pieces that a sequence goes through the model in."""
 
@@ -123,6 +130,10 @@ def _parallelism(config: RunConfig) -> dict[str, Any]:
         "calculate_per_token_loss": True,
         # The interleaved schedule without overlapped p2p is silently wrong over gloo.
         "overlap_p2p_comm": interleaved,
+        # Only where documents are kept apart: then sequences are too. Ranks that share a sequence
+        # have a piece of each.
+        "sequences_end_to_end": config.data.reset_at_document_boundaries
+        and parallel.context_parallel_size == 1,
         "sequence_pieces": parallel.sequence_pieces,
         "sequence_piece_gradients": parallel.sequence_piece_gradients,
         "batch_p2p_comm": not interleaved,
@@ -142,7 +153,10 @@ def _recomputation(config: RunConfig) -> dict[str, Any]:
         return {}
     theirs = {"attention": "core_attn", "mlp": "mlp"}
     modules = [theirs[m] for m in parallel.recompute_modules if m in theirs]
-    fields: dict[str, Any] = {"recompute_mamba": "mamba" in parallel.recompute_modules}
+    fields: dict[str, Any] = {
+        "recompute_mamba": "mamba" in parallel.recompute_modules,
+        "recompute_parts": parallel.recomputed_parts,
+    }
     if modules:
         fields |= {"recompute_granularity": "selective", "recompute_modules": modules}
     return fields

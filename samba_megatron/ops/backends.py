@@ -1,6 +1,7 @@
 """All operations at once: what could run on this machine, and what did."""
 
 from samba_megatron.ops.causal_conv1d.dispatch import CAUSAL_CONV1D
+from samba_megatron.ops.linear_cross_entropy.dispatch import LINEAR_CROSS_ENTROPY
 from samba_megatron.ops.registry import Operation
 from samba_megatron.ops.selective_scan.dispatch import SELECTIVE_SCAN
 from samba_megatron.ops.swiglu.dispatch import SWIGLU
@@ -8,7 +9,13 @@ from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for operation in (SELECTIVE_SCAN, CAUSAL_CONV1D, WINDOWED_ATTENTION, SWIGLU)
+    for operation in (
+        SELECTIVE_SCAN,
+        CAUSAL_CONV1D,
+        WINDOWED_ATTENTION,
+        SWIGLU,
+        LINEAR_CROSS_ENTROPY,
+    )
 }
 """Every operation by its name."""
 

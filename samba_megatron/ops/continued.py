@@ -8,7 +8,7 @@ What is carried has names, one for each place that carries something. It may be 
 gradient of a piece's beginning is what the piece before it needs of all that follows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ def continued_causal_conv1d(
     name: str,
     reset: Tensor | None = None,
     backend: str = AUTO,
+    convolution: Callable[..., Tensor] = causal_conv1d,
 ) -> Tensor:
     """:func:`~samba_megatron.ops.causal_conv1d.causal_conv1d` of one piece.
 
@@ -53,6 +54,8 @@ def continued_causal_conv1d(
         name: of this place in ``past``.
         reset: bool [S, b], True where a document starts; of the whole sequence.
         backend: a backend's name, or "auto" for the fastest that can run this call.
+        convolution: runs the convolution of what is there by then; called as
+            :func:`~samba_megatron.ops.causal_conv1d.causal_conv1d`.
 
     Returns:
         [s, b, E] in x's dtype.
@@ -64,11 +67,11 @@ def continued_causal_conv1d(
     longer = torch.cat([before, x])
     past.after[name] = longer[longer.shape[0] - taps :].clone()  # lets go of the rest
     if reset is None:
-        return causal_conv1d(x, weight, bias, initial_state=before, backend=backend)
+        return convolution(x, weight, bias, initial_state=before, backend=backend)
     # No fast kernel takes a state together with documents: it gets one longer sequence.
     known = min(taps, past.start)
     own = reset[past.start - known : past.start + x.shape[0]]
-    y = causal_conv1d(longer[taps - known :], weight, bias, reset=own, backend=backend)
+    y = convolution(longer[taps - known :], weight, bias, reset=own, backend=backend)
     return y[known:]
 
 
@@ -81,6 +84,7 @@ def continued_selective_scan(
     past: Past,
     name: str,
     reset: Tensor | None = None,
+    run: Callable[..., tuple[Tensor, Tensor | None]] = selective_scan,
     **options: Any,
 ) -> Tensor:
     """:func:`~samba_megatron.ops.selective_scan.selective_scan` of one piece.
@@ -94,12 +98,14 @@ def continued_selective_scan(
         past: carries the state [b, E, N].
         name: of this place in ``past``.
         reset: bool [S, b], True where a document starts; of the whole sequence.
+        run: runs the scan; called as
+            :func:`~samba_megatron.ops.selective_scan.selective_scan`.
         options: its other arguments.
 
     Returns:
         [s, b, E] in u's dtype.
     """
-    y, state = selective_scan(
+    y, state = run(
         u,
         delta,
         A,

@@ -20,6 +20,7 @@ from torch import Tensor
 from samba_megatron.ops import library_trials
 from samba_megatron.ops.backends import OPERATIONS
 from samba_megatron.ops.causal_conv1d.dispatch import causal_conv1d
+from samba_megatron.ops.linear_cross_entropy.dispatch import linear_cross_entropy
 from samba_megatron.ops.measuring import (
     Function,
     Inputs,
@@ -61,6 +62,7 @@ def kernel_trials() -> Iterator[Trial]:
         "causal_conv1d": (causal_conv1d, conv_inputs),
         "windowed_attention": (_attention, attention_inputs),
         "swiglu": (swiglu, swiglu_inputs),
+        "linear_cross_entropy": (_loss, loss_inputs),
     }
     for name, (function, inputs) in calls.items():
         for backend in OPERATIONS[name].backends:
@@ -171,6 +173,20 @@ def swiglu_inputs() -> Inputs:
     """[s, b, 2F] = [1024, 2, 2048] on a GPU, [64, 2, 64] on a CPU."""
     shape = (1024, 2, 2048) if on_gpu() else (64, 2, 64)
     return {"x": activation(1, *shape)}
+
+
+def loss_inputs() -> Inputs:
+    """[s, b, d] = [1024, 2, 1024] and a vocabulary of 32000 on a GPU, [64, 2, 16] and 200 on a CPU;
+    logits are about 1."""
+    length, width, vocabulary = (1024, 1024, 32000) if on_gpu() else (64, 16, 200)
+    weight = activation(2, vocabulary, width) / math.sqrt(width)
+    return {"hidden": activation(1, length, 2, width), "weight": weight}
+
+
+def _loss(hidden: Tensor, weight: Tensor, backend: str) -> Tensor:
+    positions = torch.arange(hidden[..., 0].numel(), device=hidden.device)
+    target = (positions * 7919 % weight.shape[0]).view(hidden.shape[:-1])
+    return linear_cross_entropy(hidden, weight, target, backend=backend)[0]
 
 
 def _attention(

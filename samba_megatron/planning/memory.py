@@ -7,11 +7,13 @@ and optimizer. Weights, gradients and optimizer are exact but for the padding of
 """
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from samba_megatron.config import ParallelConfig, RunConfig
 from samba_megatron.model.layers import KINDS
 from samba_megatron.model.samba import RECOMPUTED_KINDS, count_parameters
+from samba_megatron.ops.cost import chunk_tokens
 from samba_megatron.planning.layout import Layout
 
 
@@ -91,8 +93,18 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def _head(layout: Layout) -> int:
-    """Logits of one micro-batch, and their softmax in fp32."""
-    return layout.tokens * layout.config.model.vocab_size // layout.tensor * (layout.element + 4)
+    """Logits of one micro-batch, and their softmax in fp32; or those of a chunk, over which their
+    gradient is written, and what is made of it: the hidden states' gradient, and the weight's in
+    fp32."""
+    hidden, columns = layout.config.model.hidden_size, layout.config.model.vocab_size
+    columns //= layout.tensor
+    if layout.config.kernels.cross_entropy != "chunked":
+        return layout.tokens * columns * (layout.element + 4)
+    chunk = chunk_tokens(layout.tokens, columns, layout.element)
+    # Sequence parallelism gathers the hidden states for the product.
+    streams = 2 if layout.sequence_split > 1 else 1
+    gradients = streams * layout.tokens * hidden * layout.element + 4 * columns * hidden
+    return chunk * columns * layout.element + gradients
 
 
 def _activations(layout: Layout, stage: int) -> dict[str, int]:
@@ -159,10 +171,12 @@ def _sum_by_kind(layout: Layout, symbols: str) -> dict[str, float]:
 
 
 def _working_bytes(layout: Layout, chunks: list[str]) -> float:
-    """Bytes a token of the layers that are being computed again, once more in full."""
+    """Bytes a token of the layers that are being computed again, once more in full; of what one
+    layer computes again where that is all."""
     parallel = layout.config.parallel
     if parallel.recompute_granularity != "full":
-        return 0.0
+        present = set("".join(chunks))
+        return max(layer_bytes(layout, s, ()) - layer_bytes(layout, s) for s in present)
     at_once = parallel.recompute_num_layers if parallel.recompute_method == "uniform" else 1
     return max(
         sum(layer_bytes(layout, symbol) for symbol in chunk[start : start + at_once])
@@ -172,20 +186,29 @@ def _working_bytes(layout: Layout, chunks: list[str]) -> float:
 
 
 def recomputes(parallel: ParallelConfig, symbol: str) -> bool:
-    """Whether selective recomputation is asked for of this kind of layer."""
+    """Whether selective recomputation is asked for of this whole kind of layer."""
     if parallel.recompute_granularity != "selective":
         return False
-    return any(symbol in RECOMPUTED_KINDS[name] for name in parallel.recompute_modules)
+    return any(symbol in RECOMPUTED_KINDS.get(name, "") for name in parallel.recompute_modules)
 
 
-def layer_bytes(layout: Layout, symbol: str) -> float:
-    """Bytes a token that one layer keeps for its backward pass, on one device."""
+def layer_bytes(layout: Layout, symbol: str, recomputed: Collection[str] | None = None) -> float:
+    """Bytes a token that one layer keeps for its backward pass, on one device.
+
+    Args:
+        layout: the configuration on its devices.
+        symbol: the layer's letter.
+        recomputed: names as in ``parallel.recompute_modules``; those of the configuration when
+            absent.
+    """
     parallel, element = layout.config.parallel, layout.element
-    saved = KINDS[symbol].saved_activations(layout.config.model)
-    inner = saved.inner - (saved.recomputable if recomputes(parallel, symbol) else 0)
+    if recomputed is None:
+        selective = parallel.recompute_granularity == "selective"
+        recomputed = parallel.recompute_modules if selective else ()
+    saved = KINDS[symbol].saved_activations(layout.config.model, recomputed)
     operand = 1 if layout.config.precision.fp8 else element
     stream = saved.stream * element + saved.stream_operands * operand
     return (
         stream / layout.sequence_split
-        + (inner * element + saved.inner_operands * operand) / layout.tensor
+        + (saved.inner * element + saved.inner_operands * operand) / layout.tensor
     )

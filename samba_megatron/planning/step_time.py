@@ -152,11 +152,28 @@ class StepModel:
 
     def _again(self, symbol: str, own: Pass, parts: list[Pass]) -> float:
         """Seconds that selective recomputation adds to the backward pass."""
+        seconds = self._parts_again(symbol)
         if not recomputes(self._layout.config.parallel, symbol):
-            return 0.0
+            return seconds
         if symbol == "M":
-            return parts[2].forward + parts[1].forward / 2
-        return own.forward if symbol == "-" else self._attention(symbol).forward
+            return seconds + parts[2].forward + parts[1].forward / 2
+        return seconds + (own.forward if symbol == "-" else self._attention(symbol).forward)
+
+    def _parts_again(self, symbol: str) -> float:
+        """Seconds for the results within a layer that are computed again."""
+        layout, seconds = self._layout, 0.0
+        parts = KINDS[symbol].recomputable_parts(self._model)
+        for name in layout.config.parallel.recomputed_parts:
+            if name == "scan" and symbol == "M":
+                seconds += self._scan().forward
+            elif part := parts.get(name):
+                split = layout.tensor if part.inner else layout.sequence_split
+                moved = layout.tokens * part.moved * layout.element / split
+                seconds += moved / self._bandwidth()
+                if name == "dt_proj":
+                    flops = layout.tokens * part.flops / split
+                    seconds += flops / (_NARROW * self._rate(False))
+        return seconds
 
     def _products(self, symbol: str) -> Pass:
         """Linears, the mixer's narrow products, attention."""

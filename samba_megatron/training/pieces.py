@@ -9,7 +9,6 @@ price of the first pass (as full recomputation) and of what is carried between t
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +17,15 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from samba_megatron.data.stream import Batch, Piece
+from samba_megatron.model.head import Losses
 from samba_megatron.ops.continued import Past
 
 if TYPE_CHECKING:
     from torch import nn
 
-LossOf = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""Losses [b, s] → (their sum, how many count, what to report)."""
-RunPiece = Callable[[Batch, Past, "nn.Module"], tuple[Tensor, LossOf]]
+LossOf = Callable[[Losses], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""Losses [b, s], or their sum → (their sum, how many count, what to report)."""
+RunPiece = Callable[[Batch, Past, "nn.Module"], tuple[Losses, LossOf]]
 """A piece's batch through the model, going on from a past: its losses, and what sums them."""
 
 
@@ -48,7 +48,7 @@ class InPieces:
 
     def forward_step(
         self, iterator: Iterator[Batch | None], model: "nn.Module"
-    ) -> tuple[Tensor, LossOf]:
+    ) -> tuple[Losses, LossOf]:
         """The next piece; of the next batch when the last one is done."""
         if not self._left:
             self._begin(iterator, model)
@@ -78,14 +78,15 @@ class InPieces:
         if not (self._exact and torch.is_grad_enabled()):
             return
         self._left.reverse()
-        with torch.no_grad(), _without_head(model):
+        # Nobody reads the first pass's logits.
+        with torch.no_grad(), get_attr_wrapped_model(model, "without_head")():
             for number in range(self._number - 1):
                 after = self._piece(number, self._pasts[number], model)[2]
                 self._pasts.append(_kept(after))
 
     def _piece(
         self, number: int, before: dict[str, Tensor], model: "nn.Module"
-    ) -> tuple[Tensor, LossOf, dict[str, Tensor]]:
+    ) -> tuple[Losses, LossOf, dict[str, Tensor]]:
         piece = Piece(number, self._number)
         batch = piece.cut(self._batch)
         tokens = batch["tokens"]
@@ -101,7 +102,7 @@ def _kept(after: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_what_follows(
-    loss_of: LossOf, handed_back: list[tuple[Tensor, Tensor]], losses: Tensor
+    loss_of: LossOf, handed_back: list[tuple[Tensor, Tensor]], losses: Losses
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A piece's loss, whose backward pass takes along the gradients of what the piece left."""
     total, count, report = loss_of(losses)
@@ -128,14 +129,3 @@ class _HandBack(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the loss and of the tensors that were left."""
         return dtotal, None, *ctx.gradients
-
-
-@contextmanager
-def _without_head(model: "nn.Module") -> Iterator[None]:
-    """The model ends at its last hidden states: no logits are made that nobody reads."""
-    inner = get_attr_wrapped_model(model, "post_process", return_model_obj=True)
-    inner.post_process = False
-    try:
-        yield
-    finally:
-        inner.post_process = True

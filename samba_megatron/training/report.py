@@ -152,7 +152,8 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
     them is refused here, before the first step."""
     from samba_megatron.model.transformer_config import params_dtype
     from samba_megatron.ops.causal_conv1d.dispatch import CAUSAL_CONV1D
-    from samba_megatron.ops.registry import Request
+    from samba_megatron.ops.linear_cross_entropy.dispatch import LINEAR_CROSS_ENTROPY
+    from samba_megatron.ops.registry import AUTO, Request
     from samba_megatron.ops.selective_scan.dispatch import SELECTIVE_SCAN
     from samba_megatron.ops.swiglu.dispatch import SWIGLU
     from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
@@ -187,6 +188,9 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
         chosen["causal_conv1d"] = CAUSAL_CONV1D.choose(kernels.causal_conv1d, request(before)).name
     if "-" in model.hybrid_layer_pattern:
         chosen["swiglu"] = SWIGLU.choose(kernels.swiglu, request()).name
+    if kernels.cross_entropy == "chunked":
+        asked = request(["vocabulary_parallel", "main_grad"])
+        chosen["cross_entropy"] = f"chunked ({LINEAR_CROSS_ENTROPY.choose(AUTO, asked).name})"
     if implementation == "transformer_engine" and not (documents or shared):
         return {**chosen, "attention": "transformer_engine"}
     attention = WINDOWED_ATTENTION.choose(kernels.windowed_attention, request(borrowed)).name

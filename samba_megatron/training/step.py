@@ -23,6 +23,7 @@ from torch import Tensor
 
 from samba_megatron.config.data import DataConfig
 from samba_megatron.data.stream import Batch, Piece
+from samba_megatron.model.head import Losses, SummedLosses
 from samba_megatron.model.sequence import SequenceParams, documents_apart, piece_of
 from samba_megatron.ops.continued import Past
 from samba_megatron.platform import distributed
@@ -51,20 +52,22 @@ class StepResult:
     """Wall time of the parts."""
 
 
-def forward_step(iterator: Iterator[Batch | None], model: "nn.Module") -> tuple[Tensor, Any]:
-    """megatron's forward step: one micro-batch through one model chunk.
+def forward_step(
+    iterator: Iterator[Batch | None], model: "nn.Module", end_to_end: bool = False
+) -> tuple[Losses, Any]:
+    """megatron's forward step: one micro-batch through one model chunk, side by side or end to end.
 
     Returns the chunk's output and the function that turns the last chunk's output (losses
-    [b, s]) into (summed loss, tokens, what to report).
+    [b, s], or their sum) into (summed loss, tokens, what to report).
     """
     batch = next(iterator)
-    sequence = _sequence(batch)
+    sequence = _sequence(batch, end_to_end)
     if batch is None or "tokens" not in batch:  # between the first stage and the last
         return model(None, None, None, packed_seq_params=sequence), None
     return _losses(batch, sequence, model)
 
 
-def piece_step(batch: Batch, past: Past, model: "nn.Module") -> tuple[Tensor, Any]:
+def piece_step(batch: Batch, past: Past, model: "nn.Module") -> tuple[Losses, Any]:
     """The same of one piece of the sequences of a micro-batch, whose batch has the piece's tokens
     and where the documents of the whole sequences begin."""
     tokens = batch["tokens"]
@@ -74,28 +77,33 @@ def piece_step(batch: Batch, past: Past, model: "nn.Module") -> tuple[Tensor, An
 
 def _losses(
     batch: Batch, sequence: SequenceParams | None, model: "nn.Module"
-) -> tuple[Tensor, Any]:
-    tokens, labels, loss_mask, position_ids = (
+) -> tuple[Losses, Any]:
+    tensors = [
         batch[name].to(distributed.device(), non_blocking=True)  # type: ignore[union-attr]
         for name in _FIELDS
+    ]
+    if sequence is not None and sequence.sequences > 1:
+        tensors = [tensor.reshape(1, -1) for tensor in tensors]
+    tokens, labels, loss_mask, position_ids = tensors
+    losses = model(
+        tokens, position_ids, None, labels=labels, loss_mask=loss_mask, packed_seq_params=sequence
     )
-    losses = model(tokens, position_ids, None, labels=labels, packed_seq_params=sequence)
     return losses, partial(summed_loss, loss_mask)
 
 
-def _sequence(batch: Batch | None) -> SequenceParams | None:
+def _sequence(batch: Batch | None, end_to_end: bool = False) -> SequenceParams | None:
     """Where the documents of a micro-batch begin, if they stay apart."""
     start = batch.get("document_start") if batch is not None else None
-    return None if start is None else documents_apart(start, distributed.device())
+    return None if start is None else documents_apart(start, distributed.device(), end_to_end)
 
 
-def summed_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def summed_loss(loss_mask: Tensor, losses: Losses) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum of the losses that count, their number, both detached for the report).
 
     megatron divides the gradients once by the number over the whole batch, so that the result
-    does not depend on how it was cut.
+    does not depend on how it was cut. A head that has the loss in it has summed by the same mask.
     """
-    total = (losses.float() * loss_mask).sum()
+    total = losses.total if isinstance(losses, SummedLosses) else (losses.float() * loss_mask).sum()
     count = loss_mask.sum()
     report = torch.stack([total.detach(), count])
     return total, count.to(torch.int), {"loss": report}
@@ -133,13 +141,17 @@ def run_schedule(
 
     ``pieces`` are those of a sequence where they are not as many as in training.
     """
-    config, step = get_model_config(chunks[0]), forward_step
+    config = get_model_config(chunks[0])
+    step: Callable[..., tuple[Losses, Any]] = forward_step
     pieces = pieces or config.sequence_pieces
     if pieces > 1:
         exact = config.sequence_piece_gradients == "exact"
         step = InPieces(piece_step, pieces, exact).forward_step
         num_microbatches *= pieces
         sequence_length //= pieces
+    elif config.sequences_end_to_end:
+        step = partial(forward_step, end_to_end=True)
+        sequence_length, micro_batch_size = sequence_length * micro_batch_size, 1
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],

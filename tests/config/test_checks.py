@@ -133,7 +133,32 @@ def test_a_hang_is_found_before_torch_ends_the_run():
         (
             {"parallel.recompute_granularity": "selective", "model.hybrid_layer_pattern": "*- x2"},
             "parallel.recompute_modules names mamba, and the model has no such layer: it has "
-            "attention, mlp",
+            "attention, mlp, mlp_act, layernorm",
+        ),
+        (
+            {
+                "parallel.recompute_granularity": "selective",
+                "parallel.recompute_modules": ["scan", "mamba"],
+            },
+            "parallel.recompute_modules names mamba and scan, and mamba computes that again "
+            "already: name one of them",
+        ),
+        (
+            {
+                "parallel.recompute_granularity": "selective",
+                "parallel.recompute_modules": ["layernorm", "conv1d"],
+                "precision.fp8": "hybrid",
+            },
+            "parallel.recompute_modules names layernorm, and with precision.fp8 the linear that "
+            "reads its result keeps a copy of its own, a byte a number: leave it out",
+        ),
+        (
+            {
+                "parallel.recompute_granularity": "selective",
+                "parallel.recompute_modules": ["layernorm"],
+                "precision.fp32_residual_connection": True,
+            },
+            "precision.fp32_residual_connection that would keep the norms' inputs in fp32",
         ),
         # batch
         (
@@ -452,3 +477,6 @@ def test_pieces_of_a_sequence():
     assert "700 is neither one piece of 512 tokens" in the_sentence(odd)
     again = {**pieces, "parallel.recompute_granularity": "full"}
     assert "exact computes every piece again anyway" in the_sentence(again)
+    selective = {**pieces, "parallel.recompute_granularity": "selective"}
+    assert "exact computes every piece again anyway" in the_sentence(selective)
+    assert sentences({**selective, "parallel.recompute_modules": ["conv1d", "mlp_act"]}) == []

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from samba_megatron.config.parallel import RECOMPUTABLE_PARTS
 from tests.distributed.toy import (
     STEPS,
     launch,
@@ -24,6 +25,7 @@ from tests.distributed.toy import (
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 VPP, SP = "parallel.virtual_pipeline_model_parallel_size", "parallel.sequence_parallel"
 CP = "parallel.context_parallel_size"
+CHUNKED = {"kernels.cross_entropy": "chunked"}
 HALF = STEPS // 2
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -34,6 +36,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {
             "parallel.recompute_granularity": "selective",
             "parallel.recompute_modules": ["mamba", "attention", "mlp"],
+        },
+    ),
+    "recompute_parts": (
+        1,
+        {
+            "parallel.recompute_granularity": "selective",
+            "parallel.recompute_modules": list(RECOMPUTABLE_PARTS),
         },
     ),
     "micro_batch_4": (1, {"training.micro_batch_size": 4}),
@@ -52,6 +61,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2_tp2_sp": (4, {CP: 2, TP: 2, SP: True}),
     "cp2_pp2": (4, {CP: 2, PP: 2}),
     "cp2_dp2": (4, {CP: 2}),
+    "chunked": (1, CHUNKED),
+    "chunked_pp2_dp2": (4, {PP: 2, **CHUNKED}),
 }
 """Name → (processes, what differs from one process)."""
 
@@ -139,7 +150,7 @@ def test_losses_of_documents_apart_equal_one_process(folder: Path, layout: str) 
         assert losses(folder / f"documents-{layout}", kind) == pytest.approx(reference, abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["recompute_full", "recompute_selective"])
+@pytest.mark.parametrize("layout", ["recompute_full", "recompute_selective", "recompute_parts"])
 def test_recomputation_changes_no_bit(folder: Path, layout: str) -> None:
     """Recomputed activations are the same numbers."""
     assert losses(folder / layout) == losses(folder / "one")

@@ -4,24 +4,32 @@ from typing import Any
 
 import pytest
 
+from samba_megatron.config.parallel import RECOMPUTABLE_PARTS
 from tests.distributed.toy import launch, losses, toy_config, write_dataset
 
 STEPS = 6
 PIECES, TRUNCATED = "parallel.sequence_pieces", {"parallel.sequence_piece_gradients": "truncated"}
+PARTS = {
+    "parallel.recompute_granularity": "selective",
+    "parallel.recompute_modules": list(RECOMPUTABLE_PARTS),
+}
 RUNS: dict[str, dict[str, Any]] = {
     "whole": {},
     "two": {PIECES: 2},
     "eight": {PIECES: 8},
+    "two, chunked logits": {PIECES: 2, "kernels.cross_entropy": "chunked"},
     "eight, short convolutions": {PIECES: 8, "model.short_convolution": True},
     "whole, short convolutions": {"model.short_convolution": True},
     "eight, full attention": {PIECES: 8, "model.hybrid_layer_pattern": "M-F- x2"},
     "whole, full attention": {"model.hybrid_layer_pattern": "M-F- x2"},
+    "two, results recomputed": {PIECES: 2, **PARTS},
     "truncated": {PIECES: 4, **TRUNCATED},
     "truncated, recomputed": {
         PIECES: 4,
         **TRUNCATED,
         "parallel.recompute_granularity": "full",
     },
+    "truncated, results recomputed": {PIECES: 4, **TRUNCATED, **PARTS},
 }
 """What differs from a run on whole sequences of 64 tokens."""
 ON_TWO = {
@@ -70,6 +78,7 @@ def worst(one: tuple[list[float], list[float]], other: tuple[list[float], list[f
     [
         ("two", "whole"),
         ("eight", "whole"),
+        ("two, chunked logits", "whole"),
         ("two, tp2 sp", "whole"),
         ("two, dp2", "whole"),
         ("eight, short convolutions", "whole, short convolutions"),
@@ -86,3 +95,8 @@ def test_truncated_gradients_begin_equal_and_differ_then(runs: Any) -> None:
     apart = [abs(a - b) for a, b in zip(runs["truncated"][0], runs["whole"][0], strict=True)]
     assert apart[0] < 1e-6 < 1e-5 < apart[-1]
     assert runs["truncated"] == runs["truncated, recomputed"]
+
+
+def test_recomputed_results_change_no_bit(runs: Any) -> None:
+    for name in ("two", "truncated"):
+        assert runs[name] == runs[f"{name}, results recomputed"]

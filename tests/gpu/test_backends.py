@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from samba_megatron.config.parallel import RECOMPUTABLE_PARTS
 from samba_megatron.tracking.metrics import read_metrics
 from tests.distributed.toy import launch, losses, toy_config, write_dataset
 
@@ -36,6 +37,7 @@ WIDE = {
 FP32 = {"precision.params_dtype": "fp32"}
 BF16 = {"precision.params_dtype": "bf16"}
 LOCAL = {"kernels.transformer_impl": "local", "optimizer.adam_impl": "torch"}
+CHUNKED = {"kernels.cross_entropy": "chunked"}
 TORCH_OPS = {
     "kernels.selective_scan": "torch",
     "kernels.causal_conv1d": "torch",
@@ -58,6 +60,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         spec("local_bf16", **BF16, **LOCAL),
         spec("te_fp32", **FP32),
         spec("te_bf16", **BF16),
+        spec("local_chunked_fp32", **FP32, **LOCAL, **CHUNKED),
+        spec("te_bf16_chunked", **BF16, **CHUNKED),
         spec("te_bf16_recompute", **BF16, **{"parallel.recompute_granularity": "full"}),
         spec(
             "te_bf16_selective",
@@ -65,6 +69,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
             **{
                 "parallel.recompute_granularity": "selective",
                 "parallel.recompute_modules": ["mamba", "mlp"],
+            },
+        ),
+        spec(
+            "te_bf16_parts",
+            **BF16,
+            **{
+                "parallel.recompute_granularity": "selective",
+                "parallel.recompute_modules": list(RECOMPUTABLE_PARTS),
             },
         ),
         *(
@@ -114,8 +126,11 @@ def assert_together(runs: dict[str, list[float]], name: str, other: str, toleran
         ("te_fp32", "local_fp32", 2e-4),
         ("local_bf16", "local_fp32", 1e-2),
         ("te_bf16", "local_bf16", 2e-3),
+        ("local_chunked_fp32", "local_kernels_fp32", 1e-5),
+        ("te_bf16_chunked", "te_bf16", 2e-3),
         ("te_bf16_recompute", "te_bf16", 2e-3),
         ("te_bf16_selective", "te_bf16", 2e-3),
+        ("te_bf16_parts", "te_bf16", 2e-3),
         ("te_fp8_delayed", "te_bf16", 3e-2),
         ("te_fp8_tensorwise", "te_bf16", 3e-2),
         ("te_fp8_blockwise", "te_bf16", 3e-2),

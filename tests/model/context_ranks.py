@@ -22,6 +22,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from samba_megatron.config import ParallelConfig
+from samba_megatron.config.parallel import RECOMPUTABLE_PARTS
 from samba_megatron.model.samba import build_model
 from samba_megatron.model.sequence import documents_apart
 from samba_megatron.platform import distributed
@@ -32,8 +33,12 @@ SELECTIVE: dict[str, Any] = {
     "recompute_granularity": "selective",
     "recompute_modules": ["mamba", "attention", "mlp"],
 }
+PARTS: dict[str, Any] = {
+    "recompute_granularity": "selective",
+    "recompute_modules": list(RECOMPUTABLE_PARTS),
+}
 CASES: dict[str, tuple[int, ParallelConfig]] = {
-    "cp2, window in a piece": (24, ParallelConfig(context_parallel_size=2)),
+    "cp2, window in a piece": (24, ParallelConfig(context_parallel_size=2, **PARTS)),
     "cp4, window over pieces": (100, ParallelConfig(context_parallel_size=4, **SELECTIVE)),
     "cp4, window of a piece and one": (
         LENGTH // 4 + 1,

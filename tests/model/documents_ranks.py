@@ -65,12 +65,22 @@ def layout(parallel: ParallelConfig) -> Iterator[None]:
 
 
 def main() -> None:
-    """The layouts of this world."""
+    """The layouts of this world, and results recomputed in some."""
+    from tests.model import recomputing
+
     for name, settled in LAYOUTS.items():
         try_layout(*settled)
-        if distributed.Rank.from_environment().rank == 0:
-            print(f"=== {name}", flush=True)
+        _say(name)
+    for name, parallel in recomputing.LAYOUTS.items():
+        found = recomputing.differences(parallel, recomputing.TOGETHER)
+        assert not found, found
+        _say(f"recomputed: {name}")
     distributed.shutdown()
+
+
+def _say(held: str) -> None:
+    if distributed.Rank.from_environment().rank == 0:
+        print(f"=== {held}", flush=True)
 
 
 if __name__ == "__main__":

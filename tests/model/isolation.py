@@ -74,9 +74,9 @@ class Trace:
     """What a step computed on this rank, as far as it has it."""
 
     outputs: list[Tensor] = field(default_factory=list)
-    """Of each chunk and micro-batch [s, b, h]; of the last chunk also the losses [s, b]."""
+    """Of each chunk and micro-batch, hidden states; of the last chunk also the losses."""
     gradients: dict[int, Tensor] = field(default_factory=dict)
-    """Of the embedded tokens, by micro-batch [s, b, h]."""
+    """Of the embedded tokens, by micro-batch."""
     parameters: dict[str, Tensor] = field(default_factory=dict)
     """Gradients by name."""
 
@@ -133,13 +133,15 @@ class Trial:
         changed[packing.sequence, packing.position] += 1
         changed %= VOCABULARY
         others, everywhere = packing.others(), torch.ones(self.tokens.shape)
-        start = packing.document_start() if apart else None
-        first, second = (self._step(t, everywhere, start) for t in (self.tokens, changed))
+        start = packing.document_start()
+        if not apart:  # every sequence is one document
+            start[:, 1:] = False
+        first, second = (self.step(t, everywhere, start) for t in (self.tokens, changed))
         found = self._differences(first, second, others)
         own = self._differences(first, second, ~others)
         assert distributed.any_rank(bool(own)), "the change had no effect at all"
-        first, second = (self._step(t, others.float(), start) for t in (self.tokens, changed))
-        again = self._step(self.tokens, others.float(), start) if self.noise else first
+        first, second = (self.step(t, others.float(), start) for t in (self.tokens, changed))
+        again = self.step(self.tokens, others.float(), start) if self.noise else first
         for name, gradient in first.parameters.items():
             repeats = torch.equal(gradient, again.parameters[name])
             allowed = 0.0 if repeats else self.noise * float(gradient.abs().max())
@@ -161,14 +163,15 @@ class Trial:
         return found
 
     def _own(self, where: Tensor, like: Tensor) -> Tensor:
-        """[b, s] bool as [s, b] for what this rank holds of the sequence."""
-        piece, part = LENGTH // parallel_state.get_context_parallel_world_size(), like.shape[0]
-        first = parallel_state.get_context_parallel_rank() * piece
+        """[b, s] bool as [s, b], or as the one row [b·s, 1], for what this rank holds of it."""
+        columns = where.reshape(-1, 1) if like.shape[1] == 1 else where.t()
+        piece = len(columns) // parallel_state.get_context_parallel_world_size()
+        part, first = like.shape[0], parallel_state.get_context_parallel_rank() * piece
         if part < piece:  # sequence parallelism divides it further
             first += parallel_state.get_tensor_model_parallel_rank() * part
-        return where.t()[first : first + part].to(like.device)
+        return columns[first : first + part].to(like.device)
 
-    def _step(self, tokens: Tensor, loss_mask: Tensor, start: Tensor | None) -> Trace:
+    def step(self, tokens: Tensor, loss_mask: Tensor, start: Tensor | None) -> Trace:
         for chunk in self.chunks:
             chunk.zero_grad()
         batches = list(_batches(tokens, self.labels, loss_mask, start))

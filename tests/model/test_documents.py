@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from megatron.core.utils import get_model_config
 
 from samba_megatron.config import ParallelConfig
 from samba_megatron.model.samba import build_model
@@ -23,10 +24,12 @@ from tests.model.isolation import (
     TORCH,
     VOCABULARY,
     Packing,
+    Trace,
     Trial,
     packings,
     toy_run,
 )
+from tests.model.recomputing import LAYOUTS as RECOMPUTED
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -66,7 +69,8 @@ def test_a_document_touches_another_where_nobody_says_that_it_must_not():
 
 
 def test_a_document_does_not_touch_another_in_any_layout(tmp_path):
-    """Tensor, sequence and pipeline parallelism, with recomputation."""
+    """Tensor, sequence, pipeline and context parallelism, with recomputation; and where results
+    are recomputed, not a bit of the step changes."""
     program = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
     with open(tmp_path / "log", "w") as log:
         result = subprocess.run(
@@ -79,7 +83,7 @@ def test_a_document_does_not_touch_another_in_any_layout(tmp_path):
     said = (tmp_path / "log").read_text()
     assert result.returncode == 0, said.split("failed (exitcode:")[0][-6000:]
     held = [line.removeprefix("=== ") for line in said.splitlines() if line.startswith("===")]
-    assert held == list(LAYOUTS)
+    assert held == [*LAYOUTS, *(f"recomputed: {name}" for name in RECOMPUTED)]
 
 
 def test_a_packed_document_is_the_document_alone():
@@ -110,6 +114,30 @@ def test_a_packed_document_is_the_document_alone():
                     assert (packed[own] - alone).abs().max() < 1e-12
 
         hold()
+
+
+def test_sequences_end_to_end_are_those_side_by_side():
+    """But for the order in which products and gradients are summed."""
+
+    def step(end_to_end: bool) -> Trace:
+        trial = Trial(toy_run(TORCH, ParallelConfig()))
+        (chunk,) = trial.chunks
+        assert get_model_config(chunk).sequences_end_to_end
+        get_model_config(chunk).sequences_end_to_end = end_to_end
+        start = Packing(((20, 70), (), (1,), (LENGTH - 1,)), 0, 0).document_start()
+        return trial.step(trial.tokens, torch.ones(trial.tokens.shape), start)
+
+    with layout(ParallelConfig()):
+        row, side = step(True), step(False)
+    pairs = [*zip(row.outputs, side.outputs, strict=True)]
+    pairs += [(gradient, side.gradients[number]) for number, gradient in row.gradients.items()]
+    for one, other in pairs:
+        assert one.shape[:2] == (SEQUENCES * LENGTH, 1) and other.shape[:2] == (LENGTH, SEQUENCES)
+        rows = one.unflatten(0, (SEQUENCES, LENGTH)).squeeze(2)
+        assert (rows - other.transpose(0, 1)).abs().max() <= 1e-5 * other.abs().max()
+    for name, gradient in row.parameters.items():
+        other = side.parameters[name]
+        assert (gradient - other).abs().max() <= 1e-5 * other.abs().max(), name
 
 
 def test_what_is_not_a_sequence_of_ours_is_refused():

@@ -3,6 +3,8 @@
 That the matrix products are torch's count is in test_samba.py, kind by kind.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -76,10 +78,20 @@ def test_selective_recomputation_spares_the_large_products() -> None:
         "mamba": 2 * E * (2 * R + 2 * N) + 2 * 4 * E + E * (7 * N + 4),
         "attention": 4 * D * 1536.25,
         "mlp": 2 * 2 * 3 * D * F,
+        "conv1d": 2 * 4 * E,
+        "dt_proj": 2 * R * E,
+        "scan": E * (7 * N + 4),
+        "mlp_act": 0,
+        "layernorm": 0,
     }
     for name, expected in cases.items():
         parallel = ParallelConfig(recompute_granularity="selective", recompute_modules=[name])
         assert flops_per_token(model, 4096, parallel).recomputed == pytest.approx(9 * expected)
+    in_pieces = replace(parallel, recompute_modules=["conv1d", "scan"], sequence_pieces=2)
+    first_pass = flops_per_token(model, 4096).forward - 2 * D * V
+    assert flops_per_token(model, 4096, in_pieces).recomputed == pytest.approx(
+        first_pass / 2 + 9 * (cases["conv1d"] + cases["scan"])
+    )
 
 
 class _Counting(TorchFunctionMode):

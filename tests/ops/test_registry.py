@@ -1,8 +1,10 @@
 """The registry: the first able backend, refusals by name, and what it tells of itself."""
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from samba_megatron.platform.errors import UserError
 CPU_FP32 = Request("cpu", torch.float32)
 
 
-def backend(name: str, load: Callable[[], Callable[..., str]] | None = None, **limits) -> Backend:
+def backend(name: str, load: Callable[[], Callable[..., Any]] | None = None, **limits) -> Backend:
     """A backend whose kernel returns its own name."""
     defaults = {"devices": CPU_AND_CUDA, "dtypes": ALL_DTYPES, "features": frozenset()}
     return Backend(name=name, load=load or (lambda: lambda: name), **(defaults | limits))
@@ -112,6 +114,28 @@ def test_kernels_are_imported_once_and_only_when_needed():
     assert len(calls) == 1
 
 
+def test_a_compiled_function_chooses_without_a_break():
+    """Whether the kernel was loaded before or is loaded while the call is traced."""
+
+    def load() -> Callable[[torch.Tensor], torch.Tensor]:
+        importlib.import_module("json").loads("{}")
+        return lambda x: x + 1
+
+    never = backend("gpu", devices=CUDA_ONLY)
+    first, second = (backend(name, load=load, package="torch") for name in ("first", "second"))
+    operation = Operation("op", [never, first, second])
+
+    def call(x: torch.Tensor, backend: str) -> torch.Tensor:
+        request = Request(x.device.type, x.dtype, sizes={"n": x.shape[0]})
+        return operation.choose(backend, request).run(x)
+
+    assert call(torch.zeros(2), "auto").sum() == 2
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for forced, ran in (("auto", "first"), ("second", "second")):
+        assert compiled(torch.zeros(2), forced).sum() == 2
+        assert operation.last_backend == ran
+
+
 def test_backends_of_all_operations():
     """Fastest first; torch is always there."""
     assert {name: list(operation.backends) for name, operation in OPERATIONS.items()} == {
@@ -119,6 +143,7 @@ def test_backends_of_all_operations():
         "causal_conv1d": ["causal_conv1d", "torch", "reference"],
         "windowed_attention": ["transformer_engine", "flash_attn", "torch", "reference"],
         "swiglu": ["triton", "torch"],
+        "linear_cross_entropy": ["triton", "torch", "reference"],
     }
     for operation in OPERATIONS.values():
         assert operation.backends["torch"].unavailable() is None

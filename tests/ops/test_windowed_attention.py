@@ -14,6 +14,7 @@ from samba_megatron.ops.windowed_attention import torch_attention, windowed_atte
 from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
 from samba_megatron.ops.windowed_attention.flash_attn import attend_packed
 from samba_megatron.ops.windowed_attention.packing import (
+    in_rows,
     lay_end_to_end,
     pack_documents,
     put_side_by_side,
@@ -106,7 +107,7 @@ def test_sequences_end_to_end_and_back(dtype, part):
     def there_and_back(x: Tensor) -> Tensor:
         packed = lay_end_to_end(x)
         assert torch.equal(packed[6:], x[:, 1])
-        return put_side_by_side(packed, 2)
+        return in_rows(put_side_by_side(packed, 2))
 
     assert_same_bits(run(there_and_back, {"x": x}), run(lambda x: x.flatten(2), {"x": x}))
 

@@ -52,12 +52,53 @@ def test_first_stage_holds_the_most_micro_batches() -> None:
     assert two.weights < 0.6 * one.weights
 
 
+def test_chunked_logits_grow_with_the_chunk_alone() -> None:
+    """4096 tokens of 32,000 bf16 logits fill a chunk; beside it the gradients of the hidden states,
+    which grow with the tokens, and of the weight in fp32."""
+    chunked = ["--kernels.cross_entropy", "chunked"]
+    fixed = 4096 * 32000 * 2 + 32000 * 2304 * 4
+    assert plan("samba_1.3b", 1, *chunked).head == fixed + 8 * 4096 * 2304 * 2
+    more = [*chunked, "--training.micro_batch_size", "16", "--training.global_batch_size", "512"]
+    assert plan("samba_1.3b", 1, *more).head == fixed + 16 * 4096 * 2304 * 2
+    assert plan("samba_1.3b", 1).head == 8 * 4096 * 32000 * 6
+    split = ["--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true"]
+    gathered = 2 * 8 * 4096 * 2304 * 2
+    assert plan("samba_1.3b", 2, *chunked, *split).head == (
+        8192 * 16000 * 2 + 16000 * 2304 * 4 + gathered
+    )
+
+
 def test_recomputation_saves() -> None:
     """Full keeps a layer's input (2 bytes a number) and computes one layer at a time again, of
     which Mamba's is the largest: 14 d numbers. The Mamba mixer alone saves 6 d of 40 a block."""
     granularity = ["--parallel.recompute_granularity"]
     none = plan("samba_1.3b", 1).activations
-    mamba = plan("samba_1.3b", 1, *granularity, "selective").activations
+    mamba = plan("samba_1.3b", 1, *granularity, "selective").activations_by_kind
     full = plan("samba_1.3b", 1, *granularity, "full").activations
-    assert mamba == pytest.approx(none * (40 - 6) / 40, rel=1e-6)
+    assert mamba.pop("recomputing") == 8 * 4096 * 2 * 2304 * 6
+    assert sum(mamba.values()) == pytest.approx(none * (40 - 6) / 40, rel=1e-6)
     assert full == 8 * 4096 * 2 * 2304 * (36 + 14)
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers", "at_once"),
+    [
+        ("mlp_act", 18 * 6144, 6144),
+        ("conv1d", 9 * 4608, 4608),
+        ("dt_proj", 9 * 4608, 4608),
+        ("layernorm", 36 * 2304, 2304),
+        ("scan", 9 * 2 * 4608, 2 * 4608),
+        ("mlp_act,conv1d,dt_proj", 18 * 6144 + 18 * 4608, 2 * 4608),
+        ("mlp", 18 * (3 * 6144 + 2304), 3 * 6144 + 2304),
+        ("mlp,layernorm", 18 * (3 * 6144 + 2304), 3 * 6144),
+    ],
+)
+def test_recomputed_results_are_not_kept(names: str, numbers: int, at_once: int) -> None:
+    """Numbers a token, written out; those of one layer are there again while it is its turn. A norm
+    apart from its linear is what a whole MLP is computed again from."""
+    selective = ["--parallel.recompute_granularity", "selective"]
+    modules = ["--parallel.recompute_modules", f"[{names}]"]
+    none = plan("samba_1.3b", 1).activations
+    kept = plan("samba_1.3b", 1, *selective, *modules).activations_by_kind
+    assert kept.pop("recomputing") == 8 * 4096 * 2 * at_once
+    assert none - sum(kept.values()) == 8 * 4096 * 2 * numbers

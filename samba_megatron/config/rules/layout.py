@@ -1,9 +1,10 @@
 """Rules of the layout: how a model and its sequences lie on a number of processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import gcd
 
 from samba_megatron.config.model import ModelConfig
+from samba_megatron.config.parallel import RECOMPUTABLE_PARTS
 from samba_megatron.config.pattern import split_stages
 from samba_megatron.config.rules.situation import Situation, divisors, nearest, not_multiple
 from samba_megatron.platform.errors import UserError
@@ -149,7 +150,9 @@ def sequence_pieces(situation: Situation) -> Iterator[str]:
                 f"tokens (data.sequence_length / parallel.sequence_pieces) nor several whole ones"
             )
     yield from _attention_with_a_halo(situation, because)
-    if parallel.sequence_piece_gradients == "exact" and parallel.recompute_granularity is not None:
+    only_parts = len(parallel.recomputed_parts) == len(parallel.recompute_modules)
+    whole = parallel.recompute_granularity is not None and not only_parts
+    if parallel.sequence_piece_gradients == "exact" and whole:
         yield (
             "parallel.sequence_piece_gradients exact computes every piece again anyway: set "
             "parallel.recompute_granularity to null and use more pieces, or use truncated"
@@ -259,7 +262,7 @@ def recomputation(situation: Situation) -> Iterator[str]:
                 f"{most} layers of the model: use 1 to {most}"
             )
     elif parallel.recompute_granularity == "selective":
-        symbols = {"mamba": "M", "attention": "*F", "mlp": "-"}
+        symbols = {"mamba": "M", "attention": "*F", "mlp": "-"} | RECOMPUTABLE_PARTS
         present = [kind for kind, any_of in symbols.items() if set(any_of) & set(situation.layers)]
         modules = parallel.recompute_modules
         if not modules:
@@ -273,6 +276,38 @@ def recomputation(situation: Situation) -> Iterator[str]:
                     f"parallel.recompute_modules names {kind}, and the model has no such layer: "
                     f"it has {', '.join(present)}"
                 )
+        yield from _recomputed_twice(modules)
+        precision = situation.config.precision
+        if precision.fp8:
+            yield from _kept_in_fp8(modules)
+        if "layernorm" in modules and precision.fp32_residual_connection:
+            yield (
+                "parallel.recompute_modules names layernorm, and with "
+                "precision.fp32_residual_connection that would keep the norms' inputs in fp32, "
+                "twice what it saves: leave it out"
+            )
+
+
+def _recomputed_twice(modules: Sequence[str]) -> Iterator[str]:
+    """A layer that is computed again whole has its results computed again with it."""
+    for whole, parts in {"mamba": ("conv1d", "dt_proj", "scan"), "mlp": ("mlp_act",)}.items():
+        for part in parts:
+            if whole in modules and part in modules:
+                yield (
+                    f"parallel.recompute_modules names {whole} and {part}, and {whole} computes "
+                    f"that again already: name one of them"
+                )
+
+
+def _kept_in_fp8(modules: Sequence[str]) -> Iterator[str]:
+    """An FP8 linear keeps its input in FP8, not the result in bf16."""
+    instead = {"mlp_act": "leave it out", "layernorm": "leave it out", "scan": "use mamba"}
+    for part, remedy in instead.items():
+        if part in modules:
+            yield (
+                f"parallel.recompute_modules names {part}, and with precision.fp8 the linear that "
+                f"reads its result keeps a copy of its own, a byte a number: {remedy}"
+            )
 
 
 RULES = (

@@ -5,11 +5,18 @@ The modules of the local backend and the short convolution are in
 """
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
-from samba_megatron.model.layers.base import RowGroups, SavedActivations, linear_flops
+from samba_megatron.model.layers.base import (
+    RecomputablePart,
+    RowGroups,
+    SavedActivations,
+    linear_flops,
+    norm_part,
+)
 from samba_megatron.ops.cost import attended_pairs, attention_flops, conv_flops
 
 if TYPE_CHECKING:
@@ -60,12 +67,19 @@ class WindowedAttentionKind:
         heads = model.num_attention_heads
         return attention_flops(1, heads, model.head_dim, 1) * pairs / sequence_length
 
-    def saved_activations(self, model: ModelConfig) -> SavedActivations:
+    def recomputable_parts(self, model: ModelConfig) -> dict[str, RecomputablePart]:
+        """The norm's output."""
+        return norm_part(model)
+
+    def saved_activations(
+        self, model: ModelConfig, recomputed: Collection[str] = ()
+    ) -> SavedActivations:
         """The norm's input and output; queries, keys and values; the attention's output."""
         d = model.hidden_size
         heads, groups = model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
         inner = (heads + 2 * groups) * (2 if model.short_convolution else 1)
-        return SavedActivations(d, d, inner=inner, inner_operands=heads, recomputable=0)
+        norm = 0 if "layernorm" in recomputed else d
+        return SavedActivations(d, norm, inner=inner, inner_operands=heads)
 
     def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
         """Kaiming-uniform; the output matrix scaled by the root of the residual branches."""

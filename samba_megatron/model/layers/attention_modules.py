@@ -20,6 +20,7 @@ from samba_megatron.model.layers.along_sequence import attend, convolve
 from samba_megatron.model.layers.mamba_mixer import ShardedParameters
 from samba_megatron.model.sequence import SequenceParams, sequence_params
 from samba_megatron.model.transformer_config import SambaTransformerConfig
+from samba_megatron.ops.windowed_attention.packing import in_rows
 
 
 class SambaSelfAttention(SelfAttention):
@@ -130,7 +131,7 @@ class LocalCoreAttention(MegatronModule):
             self.softmax_scale,
             self.config.kernels.windowed_attention,
         )
-        return y.contiguous()
+        return in_rows(y)
 
 
 def layer_window(config: SambaTransformerConfig, layer_number: int) -> int | None:

@@ -1,5 +1,6 @@
 """What a layer kind must say of itself."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,8 +37,18 @@ class SavedActivations:
     """Inside the layer: tensor parallelism splits them."""
     inner_operands: int
     """Operands inside the layer."""
-    recomputable: int
-    """Those of ``inner`` that recomputing this layer kind does without."""
+
+
+@dataclass(frozen=True)
+class RecomputablePart:
+    """What it costs a token to compute one result of a layer again."""
+
+    moved: int
+    """Numbers read and written."""
+    flops: float = 0.0
+    """Floating-point operations, where the layer counts them."""
+    inner: bool = True
+    """Whether tensor parallelism splits it; else only sequence parallelism does."""
 
 
 class LayerKind(Protocol):
@@ -76,8 +87,19 @@ class LayerKind(Protocol):
         (``recompute_modules``) does again."""
         ...
 
-    def saved_activations(self, model: ModelConfig) -> SavedActivations:
-        """What one layer of the Transformer Engine backend keeps for its backward pass."""
+    def recomputable_parts(self, model: ModelConfig) -> Mapping[str, RecomputablePart]:
+        """The results that ``recompute_modules`` can name in this kind of layer."""
+        ...
+
+    def saved_activations(
+        self, model: ModelConfig, recomputed: Collection[str] = ()
+    ) -> SavedActivations:
+        """What one layer of the Transformer Engine backend keeps for its backward pass.
+
+        Args:
+            model: sizes.
+            recomputed: what ``recompute_modules`` names.
+        """
         ...
 
     def spec(self, backend: "Backend") -> Any:
@@ -93,6 +115,11 @@ class LayerKind(Protocol):
         """Where each of the layer's tensors goes in a Hugging Face block: checkpoint key within
         the layer → name within the block."""
         ...
+
+
+def norm_part(model: ModelConfig) -> dict[str, RecomputablePart]:
+    """The norm's output, which every kind of layer has."""
+    return {"layernorm": RecomputablePart(moved=2 * model.hidden_size, inner=False)}
 
 
 def linear_flops(rows: int, columns: int) -> int:

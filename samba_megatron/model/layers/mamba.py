@@ -4,11 +4,18 @@ The module itself is in :mod:`samba_megatron.model.layers.mamba_mixer`.
 """
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform, uniform
-from samba_megatron.model.layers.base import RowGroups, SavedActivations, linear_flops
+from samba_megatron.model.layers.base import (
+    RecomputablePart,
+    RowGroups,
+    SavedActivations,
+    linear_flops,
+    norm_part,
+)
 from samba_megatron.ops.cost import conv_flops, scan_flops
 
 if TYPE_CHECKING:
@@ -51,12 +58,26 @@ class MambaKind:
         """All between the two large projections."""
         return self.flops_per_token(model, sequence_length) - self.linear_flops_per_token(model)
 
-    def saved_activations(self, model: ModelConfig) -> SavedActivations:
+    def recomputable_parts(self, model: ModelConfig) -> dict[str, RecomputablePart]:
+        """The convolution's output, the step sizes, the scan with its states, the norm's output."""
+        e, r = model.d_inner, model.resolved_dt_rank
+        return norm_part(model) | {
+            "conv1d": RecomputablePart(2 * e, conv_flops(1, e, model.d_conv)),
+            "dt_proj": RecomputablePart(e + r, linear_flops(r, e)),
+            "scan": RecomputablePart(4 * e, scan_flops(1, e, model.d_state)),
+        }
+
+    def saved_activations(
+        self, model: ModelConfig, recomputed: Collection[str] = ()
+    ) -> SavedActivations:
         """The norm's input and output; x and z; the convolution's output, the step sizes and the
         fused scan's states (fp32, one in 32); the gated output."""
         d, e = model.hidden_size, model.d_inner
-        mixed = 2 * e + 2 * e * model.d_state // 32
-        return SavedActivations(d, d, inner=2 * e + mixed, inner_operands=e, recomputable=mixed)
+        mixed = {"conv1d": e, "dt_proj": e, "scan": 2 * e * model.d_state // 32}
+        kept = 0 if "mamba" in recomputed else sum(mixed[n] for n in mixed if n not in recomputed)
+        norm = 0 if "layernorm" in recomputed else d
+        gated = 0 if "scan" in recomputed else e
+        return SavedActivations(d, norm, inner=2 * e + kept, inner_operands=gated)
 
     def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
         """Mamba's own values: S4D-real A, unit D, log-uniform step sizes."""

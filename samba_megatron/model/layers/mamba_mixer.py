@@ -46,6 +46,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from samba_megatron.model.layers.along_sequence import convolve, scan
+from samba_megatron.model.recomputation import dropped, recomputable
 from samba_megatron.model.sequence import SequenceParams, sequence_params
 from samba_megatron.model.transformer_config import SambaTransformerConfig
 
@@ -202,9 +203,10 @@ class MambaMixer(ShardedParameters):
 
         What ``recompute_modules: [mamba]`` computes again in the backward pass: everything but
         the matrix products that cost. Where a document begins, the convolution and the state see
-        nothing of the one before.
+        nothing of the one before. ``conv1d``, ``dt_proj`` and ``scan`` let these results go.
         """
         kernels, place = self.config.kernels, f"layer {self.layer_number}"
+        parts = self.config.recompute_parts
         x, z = xz.chunk(2, dim=-1)
         x = convolve(
             x,
@@ -214,23 +216,29 @@ class MambaMixer(ShardedParameters):
             self.cp_group,
             f"{place} conv1d",
             kernels.causal_conv1d,
+            recompute="conv1d" in parts,
         )
-        dt, b, c = self.project_to_dt_b_c(x)
-        return scan(
-            x,
-            F.linear(dt, self.dt_proj.weight),
-            -torch.exp(self.A_log),
-            b,
-            c,
-            sequence,
-            self.cp_group,
-            f"{place} state",
-            D=self.D,
-            z=z,
-            delta_bias=self.dt_proj.bias,
-            delta_softplus=True,
-            backend=kernels.selective_scan,
-        )
+        with dropped(x):
+            dt, b, c = self.project_to_dt_b_c(x)
+        widen = partial(recomputable, F.linear) if "dt_proj" in parts else F.linear
+        delta = widen(dt, self.dt_proj.weight)
+        with dropped(x, delta):
+            return scan(
+                x,
+                delta,
+                -torch.exp(self.A_log),
+                b,
+                c,
+                sequence,
+                self.cp_group,
+                f"{place} state",
+                recompute="scan" in parts,
+                D=self.D,
+                z=z,
+                delta_bias=self.dt_proj.bias,
+                delta_softplus=True,
+                backend=kernels.selective_scan,
+            )
 
     def project_to_dt_b_c(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [s, b, E/tp] → dt [s, b, R], B and C [s, b, N], whole on every rank."""

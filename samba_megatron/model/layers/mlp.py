@@ -1,11 +1,18 @@
 """The SwiGLU MLP layer (``-``): x + down(silu(gate(norm x)) * up(norm x))."""
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
 from samba_megatron.model.initialization import Initializer, constant, linear_uniform
-from samba_megatron.model.layers.base import RowGroups, SavedActivations, linear_flops
+from samba_megatron.model.layers.base import (
+    RecomputablePart,
+    RowGroups,
+    SavedActivations,
+    linear_flops,
+    norm_part,
+)
 
 if TYPE_CHECKING:
     from samba_megatron.model.backend import Backend
@@ -41,10 +48,23 @@ class MLPKind:
         """All of them: megatron computes the whole MLP again."""
         return self.flops_per_token(model, sequence_length)
 
-    def saved_activations(self, model: ModelConfig) -> SavedActivations:
+    def recomputable_parts(self, model: ModelConfig) -> dict[str, RecomputablePart]:
+        """The product of gate and up, and the norm's output."""
+        return norm_part(model) | {"mlp_act": RecomputablePart(moved=3 * model.ffn_hidden_size)}
+
+    def saved_activations(
+        self, model: ModelConfig, recomputed: Collection[str] = ()
+    ) -> SavedActivations:
         """The norm's input and output, gate and up, and their product."""
         d, f = model.hidden_size, model.ffn_hidden_size
-        return SavedActivations(d, d, inner=2 * f, inner_operands=f, recomputable=2 * f)
+        whole, apart = "mlp" in recomputed, "layernorm" in recomputed
+        return SavedActivations(
+            stream=d,
+            # A norm that stands alone gives what recomputing the whole MLP starts from.
+            stream_operands=d if whole == apart else 0,
+            inner=0 if whole else 2 * f,
+            inner_operands=0 if whole or "mlp_act" in recomputed else f,
+        )
 
     def initializers(self, model: ModelConfig, num_layers: int) -> dict[str, Initializer]:
         """Kaiming-uniform; the last matrix scaled by the root of the residual branches."""

@@ -13,6 +13,7 @@ from samba_megatron.model.layers.along_sequence import attend
 from samba_megatron.model.layers.attention_modules import layer_window
 from samba_megatron.model.sequence import sequence_params
 from samba_megatron.model.transformer_config import SambaTransformerConfig
+from samba_megatron.ops.windowed_attention.packing import in_rows
 
 
 class TransformerEngineCoreAttention(TEDotProductAttention):
@@ -55,4 +56,4 @@ class TransformerEngineCoreAttention(TEDotProductAttention):
             self.scale,
             self.config.kernels.windowed_attention,
         )
-        return y.contiguous()
+        return in_rows(y)

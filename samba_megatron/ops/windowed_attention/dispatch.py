@@ -43,7 +43,7 @@ def windowed_attention(
         backend: a backend's name, or "auto" for the fastest that can run this call.
 
     Returns:
-        [s, b, heads·hd] in q's dtype.
+        [s, b, heads·hd] in q's dtype; how it lies in memory is the kernel's choice.
 
     Raises:
         ValueError: shapes do not fit together, or the window is not positive.

@@ -68,8 +68,13 @@ def lay_end_to_end(x: Tensor) -> Tensor:
 
 
 def put_side_by_side(y: Tensor, batch: int) -> Tensor:
-    """[b·s, heads, hd] → [s, b, heads·hd]."""
-    return _Swap.apply(y.view(batch, y.shape[0] // batch, *y.shape[1:])).flatten(2)
+    """[b·s, heads, hd] → [s, b, heads·hd], a view: the memory has one sequence after the other."""
+    return y.view(batch, y.shape[0] // batch, -1).transpose(0, 1)
+
+
+def in_rows(y: Tensor) -> Tensor:
+    """[s, b, …] contiguous, which a kernel's result need not be."""
+    return y if y.is_contiguous() else _Swap.apply(y.transpose(0, 1))
 
 
 class _Swap(torch.autograd.Function):
