@@ -5,15 +5,17 @@ the same variables), or alone.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from samba_megatron.platform.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch.distributed import ProcessGroup
 
     from samba_megatron.config import ParallelConfig
 
@@ -164,10 +166,31 @@ def gather_text(text: str) -> list[str]:
 
 
 def leave_layout() -> None:
-    """Destroys megatron's process groups; the world stays."""
+    """Destroys megatron's process groups; the world stays.
+
+    megatron forgets them only: over gloo each would keep its threads, sixty a layout, and every
+    layout after it would be slower.
+    """
+    import torch
     from megatron.core import parallel_state
 
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    groups = set(_groups_in(list(vars(parallel_state).values()))) - {torch.distributed.group.WORLD}
     parallel_state.destroy_model_parallel()
+    for group in groups:
+        torch.distributed.destroy_process_group(group)
+
+
+def _groups_in(value: Any) -> Iterator["ProcessGroup"]:
+    """The process groups in a value, or in a list or dictionary of them."""
+    import torch
+
+    if isinstance(value, torch.distributed.ProcessGroup):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _groups_in(each)
 
 
 def shutdown() -> None:

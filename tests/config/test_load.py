@@ -290,8 +290,13 @@ def test_parsing_is_quick_and_imports_nothing_heavy(argv):
         "heavy = {'torch', 'megatron', 'numpy', 'transformers', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    # Processor time, not the clock's: other tests may be running.
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", code, *argv], check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+    # Processor time, not the clock's, and the best of several: other tests may be running.
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-c", code, *argv]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert any(seconds() < 1.0 for _ in range(4))
