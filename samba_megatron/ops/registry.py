@@ -9,7 +9,7 @@ kernel is one file that defines a `Backend` and one line that lists it in its op
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -43,6 +43,12 @@ def _refuses_nothing(request: Request) -> str | None:
     return None
 
 
+_BACKENDS: dict[int, "Backend"] = {}
+_FUNCTIONS: dict[int, Callable[..., Any] | None] = {}
+_REASONS: dict[int, str | None] = {}
+"""By the backend's number: torch.compile can ask for a number's kernel while it traces a call."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an operation."""
@@ -59,10 +65,15 @@ class Backend:
     """The importable package it needs besides torch."""
     refuses: Callable[[Request], str | None] = _refuses_nothing
     """Further limits: the reason why it cannot serve a request, or None."""
+    number: int = field(default_factory=count().__next__, init=False, compare=False)
+    """Counts all backends."""
+
+    def __post_init__(self) -> None:
+        _BACKENDS[self.number] = self
 
     def unavailable(self) -> str | None:
         """Why this machine cannot run it at all, or None if it can."""
-        return _loaded(self)[1]
+        return _load(self.number)
 
     def cannot_serve(self, request: Request) -> str | None:
         """Why it cannot serve `request`, or None if it can."""
@@ -78,13 +89,23 @@ class Backend:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the kernel."""
-        function, reason = _loaded(self)
+        reason, function = self.unavailable(), _FUNCTIONS[self.number]
         if function is None:
             raise RuntimeError(f"backend {self.name} is not available: {reason}")
         return function(*args, **kwargs)
 
 
-@cache
+def _load(number: int) -> str | None:
+    """Makes the kernel of a backend ready, or says why there is none."""
+    if number not in _FUNCTIONS:
+        _FUNCTIONS[number], _REASONS[number] = _loaded(_BACKENDS[number])
+    return _REASONS[number]
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _loaded(backend: Backend) -> tuple[Callable[..., Any] | None, str | None]:
     """The kernel of `backend`, or the reason why there is none."""
     if "cpu" not in backend.devices and not torch.cuda.is_available():

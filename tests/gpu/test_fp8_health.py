@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from samba_megatron.ops.fp8_format import E4M3, E5M2, Format, lost_and_clipped, own_scale
+from samba_megatron.ops.fp8_format import E4M3, E5M2, Format, Scaling, lost_and_clipped, own_scale
 from samba_megatron.tracking.metrics import read_metrics
 from samba_megatron.training.fp8_health import OPERANDS
 from tests.distributed.toy import launch, toy_config, write_dataset
@@ -26,7 +26,7 @@ def _spread(rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("number_format", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("scaling", ["tensor", "block_128", "square_128"])
-def test_counted_are_the_zeros_of_the_cast(number_format: Format, scaling: str) -> None:
+def test_counted_are_the_zeros_of_the_cast(number_format: Format, scaling: Scaling) -> None:
     import transformer_engine_torch as tex
     from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
 

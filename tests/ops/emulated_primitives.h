@@ -160,6 +160,33 @@ DEVICE void store_if(char* address, Element x, bool wanted) {
     if (wanted) *reinterpret_cast<Element*>(address) = x;
 }
 
+struct alignas(2 * sizeof(Element)) Pair {
+    Element first, second;
+};
+
+DEVICE float2 to_floats(Pair x) { return {to_float(x.first), to_float(x.second)}; }
+DEVICE Pair from_floats(float2 x) { return {from_float(x.x), from_float(x.y)}; }
+
+// Aborts where a GPU would, at an odd place.
+DEVICE void require_aligned(const char* address) {
+    if (reinterpret_cast<size_t>(address) % sizeof(Pair) != 0) {
+        fprintf(stderr, "a pair at an odd place\n");
+        abort();
+    }
+}
+
+DEVICE Pair load_pair_if(const char* address, bool wanted) {
+    if (!wanted) return {Element(0), Element(0)};
+    require_aligned(address);
+    return *reinterpret_cast<const Pair*>(address);
+}
+
+DEVICE void store_pair_if(char* address, Pair x, bool wanted) {
+    if (!wanted) return;
+    require_aligned(address);
+    *reinterpret_cast<Pair*>(address) = x;
+}
+
 template <typename Vector>
 DEVICE Vector read_again(const Vector& place) {
     return place;
@@ -180,6 +207,7 @@ DEVICE float shuffle_xor(float x, int mask) {
 
 DEVICE float load_shared_result(const float* address) { return *address; }
 DEVICE void prefetch(const void*) {}
+DEVICE void pause(int) {}
 DEVICE void raise_flag(int* flag) { *flag = 1; }
 DEVICE void await_flag(const int* flag) {
     if (*flag == 0) {

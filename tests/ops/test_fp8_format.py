@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samba_megatron.ops.fp8_format import E4M3, E5M2, Format, lost_and_clipped, own_scale
+from samba_megatron.ops.fp8_format import E4M3, E5M2, Format, Scaling, lost_and_clipped, own_scale
 
 DTYPES = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 
@@ -16,7 +16,7 @@ def spread(rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("number_format", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("scaling", ["tensor", "block_128", "square_128", "block_32"])
-def test_lost_are_those_that_the_cast_makes_zero(number_format: Format, scaling: str) -> None:
+def test_lost_are_those_that_the_cast_makes_zero(number_format: Format, scaling: Scaling) -> None:
     x = spread(200, 300)
     scale = own_scale(x, number_format, scaling)
     found = (x * scale).to(DTYPES[number_format]).float()
@@ -30,7 +30,7 @@ def test_lost_are_those_that_the_cast_makes_zero(number_format: Format, scaling:
 @pytest.mark.parametrize(
     ("scaling", "height", "width"), [("block_32", 1, 32), ("square_128", 128, 128)]
 )
-def test_each_block_has_its_own_scale(scaling: str, height: int, width: int) -> None:
+def test_each_block_has_its_own_scale(scaling: Scaling, height: int, width: int) -> None:
     """A power of two that brings the block's largest number near the format's largest."""
     x = spread(256, 256)
     scaled = (x * own_scale(x, E4M3, scaling)).abs()

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from samba_megatron.ops.selective_scan.fused import BACKEND, compiler, selective_scan_fused
+from samba_megatron.ops.selective_scan.fused.device import device_kernels
 from samba_megatron.ops.selective_scan.fused.layout import (
+    Backward,
     BackwardArguments,
     CombineArguments,
     ForwardArguments,
@@ -93,12 +95,13 @@ def emulation_folder(tmp_path_factory):
 
 
 def emulate(
-    folder: Any, inputs: Inputs, workers: int, chunk: int = 32, softplus: bool = True
+    folder: Any, inputs: Inputs, workers: int, chunk: int = 32, softplus: bool = True, **others: Any
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Outputs and gradients by the emulated kernels, and which of them ran."""
     element = {torch.float32: 0, torch.bfloat16: 2}[inputs["u"].dtype]
     states, gated = inputs["A"].shape[1], inputs["z"] is not None
-    kernels = EmulatedKernels(Variant(element, states, gated, softplus, chunk), folder, workers)
+    variant = Variant(element, states, gated, softplus, chunk, **others)
+    kernels = EmulatedKernels(variant, folder, workers)
 
     def scan(**given: Tensor) -> tuple[Tensor, Tensor]:
         return fused_scan(kernels, Arguments(*(given.get(name) for name in Arguments._fields)))  # type: ignore[arg-type]
@@ -174,10 +177,51 @@ def test_emulated_kernels_of_other_sizes(emulation_folder, states, chunk, worker
 
 
 @needs_compiler
-def test_emulated_kernels_in_bf16_and_strided(emulation_folder):
-    actual, _ = emulate(emulation_folder, _strided(torch.bfloat16, "cpu", 45, 2, 70), workers=3)
+@pytest.mark.parametrize("backward", list(Backward), ids=lambda backward: backward.name)
+def test_emulated_kernels_in_bf16_and_strided(emulation_folder, backward):
+    inputs = _strided(torch.bfloat16, "cpu", 45, 2, 70)
+    actual, _ = emulate(emulation_folder, inputs, workers=3, backward=backward)
     expected = expected_of(_strided(torch.bfloat16, "cpu", 45, 2, 70))
     _assert_rounded_once(actual, expected, torch.bfloat16)
+
+
+@needs_compiler
+def test_emulated_kernels_with_pairs_at_odd_places(emulation_folder):
+    """The emulation aborts where a pair is read across two."""
+    inputs = to(_half(make_inputs(9, 2, 6), torch.bfloat16), "cpu")
+    expected = expected_of(inputs)
+    for name in ("u", "delta", "z"):
+        inputs[name] = torch.cat([inputs["B"][..., :1], inputs[name]], -1)[..., 1:]
+    actual, _ = emulate(emulation_folder, inputs, workers=3, backward=Backward.PAIRS)
+    _assert_rounded_once(actual, expected, torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("states", "chunk", "length"), [(16, 24, 270), (32, 32, 40)])
+def test_emulated_backwards_agree(emulation_folder, states, chunk, length):
+    inputs = to(make_inputs(length, 1, 45, states, resets=0.05), torch.float32)
+    ours, others = (
+        emulate(emulation_folder, inputs, 3, chunk, backward=backward)[0] for backward in Backward
+    )
+    assert_near(ours, others, FP32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("backward", list(Backward), ids=lambda backward: backward.name)
+def test_emulated_results_lie_as_the_inputs_do(emulation_folder, backward):
+    """Sequences end to end in memory come out so; no bit differs."""
+    side = to(make_inputs(35, 3, 22, resets=0.1), torch.float32)
+    end = dict(side)
+    for name in ("u", "delta", "z", "B", "C"):
+        end[name] = side[name].transpose(0, 1).contiguous().transpose(0, 1)
+    results = [emulate(emulation_folder, i, workers=3, backward=backward)[0] for i in (side, end)]
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+    kernels = EmulatedKernels(Variant(0, 16, backward=backward), emulation_folder, 3)
+    u = end["u"].requires_grad_()
+    y, _ = fused_scan(kernels, Arguments(**end))
+    (du,) = torch.autograd.grad(y.sin().sum(), u)
+    assert y.stride() == du.stride() == u.stride()
 
 
 @needs_compiler
@@ -199,7 +243,14 @@ def test_layouts_agree(emulation_folder):
         "scan_backward": BackwardArguments,
         "reduce_projections": ReduceArguments,
     }
-    for variant in (Variant(0, 16), Variant(0, 16, chunk=16), Variant(0, 32), Variant(0, 8)):
+    channels = Variant(0, 16, backward=Backward.CHANNELS)
+    for variant in (
+        Variant(0, 16),
+        Variant(0, 16, chunk=16),
+        Variant(0, 32),
+        Variant(0, 8),
+        channels,
+    ):
         library = emulated_kernels.build(variant, emulation_folder)
         for kernel, structure in structures.items():
             size = getattr(library, f"size_of_arguments_{kernel}")()
@@ -248,8 +299,7 @@ needs_nvrtc = pytest.mark.skipif(not _has_nvrtc(), reason="needs NVRTC, which CU
 @pytest.mark.parametrize("element", [0, 1, 2])
 def test_kernels_compile_without_spills_in_their_loops(element):
     """The backward's few spills are constants of a piece; the others have none."""
-    options = ["--gpu-architecture=sm_90", "--std=c++17", "--ptxas-options=-v"]
-    options += [f"-D{definition}" for definition in Variant(element, 16).definitions()]
+    options = ["--gpu-architecture=sm_90", "--ptxas-options=-v", *Variant(element, 16).options()]
     code, messages = compiler.compile_source(kernel_source(), options)
     assert code
     spilled: dict[str, int] = {}
@@ -415,6 +465,34 @@ def test_gpu_repeats_the_same_bits(length, batch):
     first = _on_gpu(inputs)
     for _ in range(3):
         assert_same_bits(_on_gpu(inputs), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tunables", [{"backward": Backward.PAIRS}, {"chunk": 24}, {"skew": 5000}, {"registers": 0}]
+)
+def test_gpu_kernels_to_measure_agree(tunables):
+    inputs = to(
+        to(make_inputs(700, 8, 512, seed=_fresh_seed(), resets=0.01), "cuda"), torch.float32
+    )
+    expected = _on_gpu(inputs)
+    kernels = device_kernels(0, 16, True, True, inputs["u"].get_device(), **tunables)
+    actual = run(
+        lambda **x: fused_scan(kernels, Arguments(*(x[name] for name in Arguments._fields))),
+        inputs,
+    )
+    assert_near(actual, expected, FP32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gpu_takes_odd_channels_and_places(dtype):
+    inputs = _half(to(make_inputs(130, 3, 77, seed=_fresh_seed()), "cuda"), dtype)
+    inputs["u"] = torch.cat([inputs["B"][..., :1], inputs["u"]], -1)[..., 1:]
+    if dtype == torch.float32:
+        assert_near(_on_gpu(inputs), expected_of(inputs, quick=True), FP32)
+    else:
+        _assert_rounded_once(_on_gpu(inputs), expected_of(inputs, quick=True), dtype)
 
 
 @pytest.mark.gpu

@@ -27,12 +27,26 @@ def make_input(shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 def interpret() -> None:
     """Compares the kernels in Triton's interpreter, which runs them on CPU tensors."""
-    kernels = triton_swiglu.make_kernels()
     for shape in SHAPES:
         inputs = make_input(shape)
-        got = run(lambda x: triton_swiglu.SwiGLU.apply(x, kernels), to(inputs, torch.float32))
+        got = run(triton_swiglu.swiglu_triton, to(inputs, torch.float32))
         assert_near(got, run(swiglu_reference, inputs), 1e-6)
     print("compared")
+
+
+def check_operators() -> None:
+    """Schema, fake tensors and gradients, by torch's own check; and no second derivative.
+
+    For another test's process, which has the compiler already (see test_fused_operator.py).
+    """
+    x = torch.randn(5, 4, 6, requires_grad=True)
+    torch.library.opcheck(torch.ops.samba_megatron.swiglu, (x,))
+    dy = torch.randn(5, 4, 3)
+    torch.library.opcheck(torch.ops.samba_megatron.swiglu_backward, (x.detach(), dy))
+    y = triton_swiglu.swiglu_triton(x.transpose(0, 1))
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once, not twice"):
+        gradient.sum().backward()
 
 
 def test_the_kernel_is_the_formula() -> None:

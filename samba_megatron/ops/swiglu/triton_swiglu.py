@@ -4,19 +4,23 @@ Both halves of the gradient are written where they belong; a compiler that conca
 expressions reads their inputs twice. Everything is fp32 between the load and the store.
 """
 
+import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from samba_megatron.ops.cost import Passes, swiglu_work
+from samba_megatron.ops.operators import define, differentiate
 from samba_megatron.ops.registry import CUDA_ONLY, FLOAT_DTYPES, Backend
 
 BLOCK = 1024
 """Columns of a program: 16 bytes a thread and load in half precision."""
 
 
+@cache
 def make_kernels() -> tuple[Any, Any]:
     """The forward and the backward kernel.
 
@@ -53,44 +57,65 @@ def make_kernels() -> tuple[Any, Any]:
 
 
 def _load() -> Callable[[Tensor], Tensor]:
-    kernels = make_kernels()
+    make_kernels()
+    return swiglu_triton
 
-    def run(x: Tensor) -> Tensor:
-        """As :func:`~samba_megatron.ops.swiglu.reference.swiglu_reference`."""
-        return SwiGLU.apply(x, kernels)
 
-    return run
+def swiglu_triton(x: Tensor) -> Tensor:
+    """As :func:`~samba_megatron.ops.swiglu.reference.swiglu_reference`, differentiable once."""
+    return _SWIGLU(x.contiguous())
 
 
 def _grid(rows: int, width: int) -> tuple[int, int]:
     return rows, -(-width // BLOCK)
 
 
-class SwiGLU(torch.autograd.Function):
-    """The two kernels as one differentiable function; keeps its input for the backward."""
+def _run(x: Tensor) -> Tensor:
+    """[..., 2F] → [..., F]."""
+    x, y = x.contiguous(), _fake(x)
+    width = y.shape[-1]
+    if y.numel():
+        make_kernels()[0][_grid(y.numel() // width, width)](x, y, width, BLOCK)
+    return y
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: tuple[Any, Any]) -> Tensor:
-        """[..., 2F] → [..., F]."""
-        x = x.contiguous()
-        width = x.shape[-1] // 2
-        y = x.new_empty((*x.shape[:-1], width))
-        if y.numel():
-            kernels[0][_grid(y.numel() // width, width)](x, y, width, BLOCK)
-        ctx.save_for_backward(x)
-        ctx.kernels = kernels
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        """[..., F] → [..., 2F]."""
-        (x,) = ctx.saved_tensors
-        dx, width = torch.empty_like(x), dy.shape[-1]
-        if dy.numel():
-            grid = _grid(dy.numel() // width, width)
-            ctx.kernels[1][grid](x, dy.contiguous(), dx, width, BLOCK)
-        return dx, None
+def _fake(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _run_backward(x: Tensor, dy: Tensor) -> Tensor:
+    """[..., F] → [..., 2F]."""
+    dx, width = _fake_backward(x, dy), dy.shape[-1]
+    if dy.numel():
+        grid = _grid(dy.numel() // width, width)
+        make_kernels()[1][grid](x.contiguous(), dy.contiguous(), dx, width, BLOCK)
+    return dx
+
+
+def _fake_backward(x: Tensor, dy: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _work(x: torch.Size, *_: Any) -> Passes:
+    return swiglu_work(math.prod(x[:-1]), x[-1] // 2, element_size=0)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> Tensor:
+    return _SWIGLU_BACKWARD(*ctx.saved_tensors, dy)
+
+
+_SWIGLU = define("swiglu(Tensor x) -> Tensor", _run, _fake, lambda x: _work(x).forward.flops)
+_SWIGLU_BACKWARD = define(
+    "swiglu_backward(Tensor x, Tensor dy) -> Tensor",
+    _run_backward,
+    _fake_backward,
+    lambda x, dy: _work(x).backward.flops,
+)
+differentiate(_SWIGLU, _keep, _differentiate, _SWIGLU_BACKWARD)
 
 
 BACKEND = Backend(

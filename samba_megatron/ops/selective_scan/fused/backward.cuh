@@ -129,9 +129,9 @@ DEVICE void run_tile(const BackwardArguments& p, Own& own, const Lane& lane, Slo
     Tile t;
     Target target;
     target.remaining = own.active ? p.plan.length - begin : 0;
-    target.du = result(p.du, p.plan, begin, batch, own.channel);
-    target.ddelta = result(p.ddelta, p.plan, begin, batch, own.channel);
-    target.dz = result(p.dz, p.plan, begin, batch, own.channel);
+    target.du = result(p.du, begin, batch, own.channel);
+    target.ddelta = result(p.ddelta, begin, batch, own.channel);
+    target.dz = result(p.dz, begin, batch, own.channel);
     if (LAST) ask_tile(p, own, batch, begin, target.remaining, t);
     recall_states(kept, lane, t.h[0]);
     float y[4], dx[4], ddecay[4], dB[4], dC[4];

@@ -100,11 +100,11 @@ DEVICE float softplus(float x) {
 
 // The derivative of softplus from its value: 1 - e^-s, by its series where that would cancel.
 DEVICE float softplus_slope(float s) {
-    float p = multiply_add(s, -1.0f / 6.0f, 1.0f);
-    p = multiply_add(s * p, -1.0f / 5.0f, 1.0f);
-    p = multiply_add(s * p, -1.0f / 4.0f, 1.0f);
-    p = multiply_add(s * p, -1.0f / 3.0f, 1.0f);
-    p = multiply_add(s * p, -1.0f / 2.0f, 1.0f);
+    float p = multiply_add(s, -1.0f / 720.0f, 1.0f / 120.0f);
+    p = multiply_add(s, p, -1.0f / 24.0f);
+    p = multiply_add(s, p, 1.0f / 6.0f);
+    p = multiply_add(s, p, -1.0f / 2.0f);
+    p = multiply_add(s, p, 1.0f);
     return choose(s < 0.25f, s * p, 1.0f - exp2_approx(-s * LOG2_E));
 }
 
@@ -130,23 +130,27 @@ DEVICE Element read(const Column& c, int steps, bool wanted) {
     return load_if(c.data + static_cast<long long>(steps) * c.time_stride, wanted);
 }
 
-// The same of a result [time, batch, channel].
+DEVICE void advance(Column& c, int steps) {
+    c.data += static_cast<long long>(steps) * c.time_stride;
+}
+
+// The same of a result.
 struct Result {
     char* data;
     int time_stride;
 };
 
-DEVICE Result result(Element* data, const Plan& plan, int time, int batch, int channel) {
-    Result r;
-    r.time_stride = plan.batch * plan.channels * static_cast<int>(sizeof(Element));
-    r.data = reinterpret_cast<char*>(data + channel) +
-             static_cast<long long>(time) * r.time_stride +
-             batch * plan.channels * static_cast<int>(sizeof(Element));
-    return r;
+DEVICE Result result(const Strided& tensor, int time, int batch, int channel) {
+    const Column c = column(tensor, time, batch, channel);
+    return {const_cast<char*>(c.data), c.time_stride};
 }
 
 DEVICE void write(const Result& r, int steps, float value, bool wanted) {
     store_if(r.data + static_cast<long long>(steps) * r.time_stride, from_float(value), wanted);
+}
+
+DEVICE void advance(Result& r, int steps) {
+    r.data += static_cast<long long>(steps) * r.time_stride;
 }
 
 // Offset of a channel's states in a tensor [outer, batch, channel, state].

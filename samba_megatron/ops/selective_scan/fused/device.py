@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -59,9 +60,9 @@ class DeviceKernels:
             OSError, RuntimeError: there is no compiler or driver, or it refused.
         """
         major, minor = torch.cuda.get_device_capability(device)
-        options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
-        options += [f"-D{definition}" for definition in variant.definitions()]
-        code = compiled(kernel_source(), options, f"the selective scan's kernels for {variant}")
+        options = [f"--gpu-architecture=sm_{major}{minor}", *variant.options()]
+        source = kernel_source(variant.backward)
+        code = compiled(source, options, f"the selective scan's kernels for {variant}")
         self.variant, self.device = variant, device
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._module = ctypes.c_void_p()
@@ -128,13 +129,17 @@ def _enter_context(device: int) -> None:
 
 @cache
 def device_kernels(
-    element: int, states: int, gated: bool, softplus: bool, device: int
+    element: int, states: int, gated: bool, softplus: bool, device: int, **tunables: Any
 ) -> DeviceKernels:
-    """The kernels for such calls, with the largest chunk that the GPU's shared memory holds."""
+    """The kernels for such calls, with the largest chunk that the GPU's shared memory holds.
+
+    Args:
+        tunables: fields of Variant, to measure others than the usual.
+    """
     limit = ctypes.c_int()
     result = _driver().cuDeviceGetAttribute(ctypes.byref(limit), _MOST_SHARED_BYTES, device)
     _check(result, "asking for the GPU's shared memory")
-    variant = Variant(element, states, gated, softplus, LARGEST_CHUNK)
+    variant = replace(Variant(element, states, gated, softplus, LARGEST_CHUNK), **tunables)
     if variant.shared_bytes("scan_backward") > limit.value:
         variant = replace(variant, chunk=SMALLEST_CHUNK)
     return DeviceKernels(variant, device)

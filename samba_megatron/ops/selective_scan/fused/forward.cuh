@@ -18,7 +18,7 @@ struct ForwardArguments {
     const float* delta_bias;     // [channel] or null
     const unsigned char* reset;  // [time, batch] or null
     const float* start;          // [segment, batch, channel, state] or null
-    Element* y;                  // OUTPUT: [time, batch, channel]
+    Strided y;                   // OUTPUT
     float* checkpoints;          // OUTPUT: states before each chunk [chunk, batch, channel, state]
     float* end;                  // [segment or 1, batch, channel, state] or null
     float* total_step;           // LOCAL, ADJOINT: [segment, batch, channel]
@@ -179,11 +179,15 @@ struct Stream {
     Element next_u[AHEAD], next_delta[AHEAD], next_z[AHEAD];
 };
 
+// Asks for the next step, and goes on to the one after it.
 template <int USE>
-DEVICE void ask(Stream& s, int slot, int time, bool wanted) {
-    s.next_u[slot] = read(s.u, time, wanted);
-    s.next_delta[slot] = read(s.delta, time, wanted);
-    if (GATED && USE != LOCAL) s.next_z[slot] = read(s.z, time, wanted);
+DEVICE void ask(Stream& s, int slot, bool wanted) {
+    constexpr int direction = USE == ADJOINT ? -1 : 1;
+    s.next_u[slot] = read(s.u, 0, wanted);
+    s.next_delta[slot] = read(s.delta, 0, wanted);
+    if (GATED && USE != LOCAL) s.next_z[slot] = read(s.z, 0, wanted);
+    advance(s.u, direction), advance(s.delta, direction);
+    if (GATED && USE != LOCAL) advance(s.z, direction);
 }
 
 template <int USE>
@@ -192,7 +196,7 @@ DEVICE void run_chunk(const ForwardArguments& p, const Piece& piece, int channel
     // Positions count along the recurrence: time runs against them in the adjoint.
     constexpr int direction = USE == ADJOINT ? -1 : 1;
     const int own_length = active ? p.plan.length : 0;
-    const Result target = result(p.y, p.plan, 0, piece.batch, channel);
+    Result target = result(p.y, begin, piece.batch, channel);
     const int edge = USE == ADJOINT ? begin + CHUNK - 1 : begin;
     for (int block = 0; block < CHUNK; block += AHEAD) {
 #pragma unroll
@@ -209,13 +213,14 @@ DEVICE void run_chunk(const ForwardArguments& p, const Piece& piece, int channel
                 gate = z * sigmoid(z);
             }
             const int later = time + direction * AHEAD;
-            ask<USE>(s, slot, later,
+            ask<USE>(s, slot,
                      USE == ADJOINT ? later >= limit && later < p.plan.length : later < limit);
             const float* projections = tile.values[time - begin];
             const float reset = tile.reset[time - begin];
             if (USE == OUTPUT) {
                 const float y = step_output(c, u, step, projections, reset) * gate;
-                write(target, time, y, time < own_length);
+                write(target, 0, y, time < own_length);
+                advance(target, 1);
             } else {
                 const float x = USE == LOCAL ? step * u : gate * u;
                 step_local<USE>(c, x, step, projections, reset);
@@ -236,10 +241,6 @@ DEVICE void run_piece(const ForwardArguments& p, const Piece& piece) {
     Channel c;
     start_piece<USE>(p, piece, channel, c);
     Stream s;
-    s.u = column(p.u, 0, piece.batch, channel);
-    s.delta = column(p.delta, 0, piece.batch, channel);
-    s.z = column(p.z, 0, piece.batch, channel);
-
     // Chunks in time, whichever way the recurrence runs through them.
     const int low = USE == ADJOINT ? chunk_base + p.plan.segment_chunks - piece.last
                                    : chunk_base + piece.first;
@@ -249,10 +250,13 @@ DEVICE void run_piece(const ForwardArguments& p, const Piece& piece) {
     const int count = high - low;
     const int limit = USE == ADJOINT ? low * CHUNK : min(high * CHUNK, p.plan.length);
     if (count > 0) {
+        const int start = USE == ADJOINT ? high * CHUNK - 1 : low * CHUNK;
+        s.u = column(p.u, start, piece.batch, channel);
+        s.delta = column(p.delta, start, piece.batch, channel);
+        s.z = column(p.z, start, piece.batch, channel);
 #pragma unroll
         for (int slot = 0; slot < AHEAD; ++slot) {
-            const int time = USE == ADJOINT ? high * CHUNK - 1 - slot : low * CHUNK + slot;
-            ask<USE>(s, slot, time, time < p.plan.length);
+            ask<USE>(s, slot, (USE == ADJOINT ? start - slot : start + slot) < p.plan.length);
         }
         float values[TILE_LOADS], reset;
         load_tile<USE>(p, piece, USE == ADJOINT ? high - 1 : low, values, reset);

@@ -6,6 +6,7 @@ The structures repeat those of the .cuh files, field by field. Nothing here need
 import ctypes
 import math
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 
 THREADS = 128
 """Threads of every block, and channels that one works on."""
@@ -58,8 +59,8 @@ def _structure(name: str, layout: str) -> type[ctypes.Structure]:
 
 ForwardArguments = _structure(
     "ForwardArguments",
-    "plan:plan u:strided delta:strided z:strided B:strided C:strided A D delta_bias reset start y "
-    "checkpoints end total_step carry flags",
+    "plan:plan u:strided delta:strided z:strided B:strided C:strided A D delta_bias reset start "
+    "y:strided checkpoints end total_step carry flags",
 )
 CombineArguments = _structure(
     "CombineArguments",
@@ -68,9 +69,20 @@ CombineArguments = _structure(
 BackwardArguments = _structure(
     "BackwardArguments",
     "plan:plan u:strided delta:strided z:strided B:strided C:strided dy:strided A D delta_bias "
-    "reset checkpoints dend du ddelta dz dprojections dA dD dbias dstart carry flags",
+    "reset checkpoints dend du:strided ddelta:strided dz:strided dprojections dA dD dbias dstart "
+    "carry flags",
 )
 ReduceArguments = _structure("ReduceArguments", "tokens:int channel_blocks:int dprojections dB dC")
+
+
+class Backward(IntEnum):
+    """Which of the backward's algorithms; both keep the same of the forward, and give the same."""
+
+    CHANNELS = 0
+    """A lane has one channel's element-wise work, done as the recurrence passes: backward.cuh."""
+    PAIRS = 1
+    """A lane has two channels' of two steps, done between the recurrence's tiles, and activations
+    are staged while the states run forward: pairs_backward.cuh."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +96,22 @@ class Variant:
     gated: bool = True
     softplus: bool = True
     chunk: int = 32
-    """Steps between two saved states: 16 or 32."""
+    """Steps between two saved states: 16, 24 or 32."""
+    backward: Backward = Backward.CHANNELS
+    skew: int = 0
+    """Nanoseconds that half of the blocks of PAIRS start late."""
+    registers: int = 5
+    """How freely the assembler spends registers, from 0 to 10: it changes what waits for what."""
 
     def definitions(self) -> tuple[str, ...]:
         """Preprocessor definitions, as "NAME=value"."""
         return tuple(f"SCAN_{name.upper()}={int(value)}" for name, value in asdict(self).items())
+
+    def options(self) -> tuple[str, ...]:
+        """The compiler's options, but for the architecture."""
+        definitions = [f"-D{definition}" for definition in self.definitions()]
+        level = f"--ptxas-options=--register-usage-level={self.registers}"
+        return ("--std=c++17", level, *definitions)
 
     @property
     def groups(self) -> int:

@@ -9,6 +9,7 @@ cutting time into segments (see `layout.divide`). Where other ranks hold the tim
 """
 
 import ctypes
+import importlib
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from samba_megatron.ops.registry import CUDA_ONLY, FLOAT_DTYPES, Backend, Reques
 from samba_megatron.ops.selective_scan.carry import Carry
 from samba_megatron.ops.selective_scan.fused.layout import (
     THREADS,
+    Backward,
     BackwardArguments,
     CombineArguments,
     ForwardArguments,
@@ -111,6 +113,15 @@ def _strided(tensor: Tensor | None) -> Strided:
     if max(strides) >= 2**31:
         raise ValueError(f"the fused scan takes strides under 2 GB, not {max(strides)} bytes")
     return Strided(tensor.data_ptr(), *strides)
+
+
+def empty_in_order(like: Tensor, channels: int) -> Tensor:
+    """A new [L, b, channels] whose memory has time and batch in the order in which ``like`` has
+    them: sequences that lie end to end come out so."""
+    length, batch = like.shape[:2]
+    if like.stride(0) < like.stride(1):
+        return like.new_empty(batch, length, channels).transpose(0, 1)
+    return like.new_empty(length, batch, channels)
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
@@ -213,14 +224,14 @@ def run_forward(
     kernels: Kernels, a: Arguments, keep_checkpoints: bool, carry: Carry | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The output [L, b, E], the final state [b, E, N] and the states before each chunk."""
-    length, batch, channels = a.u.shape
+    batch, channels = a.u.shape[1:]
     variant = kernels.variant
     division = _division(kernels, "scan_forward", a, SPLIT_FORWARD_BELOW)
     plan, blocks = division
     start = a.initial_state
     if plan.segments > 1 or carry is not None:
         start = _run_segments(kernels, "scan_segments", division, a, a.u, a.B, start, carry)
-    y = torch.empty((length, batch, channels), dtype=a.u.dtype, device=a.u.device)
+    y = empty_in_order(a.u, channels)
     final_state = _floats(y, batch, channels, variant.states)
     checkpoints = (
         _floats(y, plan.chunks, batch, channels, variant.states) if keep_checkpoints else None
@@ -231,7 +242,7 @@ def run_forward(
         plan=plan,
         **_common(a),
         start=_pointer(start),
-        y=_pointer(y),
+        y=_strided(y),
         checkpoints=_pointer(checkpoints),
         end=_pointer(final_state),
         carry=_pointer(handed_over),
@@ -280,8 +291,12 @@ def run_backward(
     if plan.segments > 1 or carry is not None:
         kernel = "scan_adjoint_segments"
         dend = _run_segments(kernels, kernel, division, a, dy, a.C, dfinal, carry)
-    du, ddelta = (torch.empty_like(dy, memory_format=torch.contiguous_format) for _ in range(2))
-    dz = None if a.z is None else torch.empty_like(du)
+    in_pairs = variant.backward == Backward.PAIRS
+    if in_pairs:
+        a, dy = _paired(a), _in_pairs(dy)
+    width = channels + channels % 2 if in_pairs else channels
+    du, ddelta = (empty_in_order(dy, width)[..., :channels] for _ in range(2))
+    dz = None if a.z is None else empty_in_order(dy, width)[..., :channels]
     dprojections = _floats(dy, plan.channel_blocks, length, batch, 2 * variant.states)
     dA = _floats(dy, plan.segments * batch, channels, variant.states)
     dD, dbias = (_floats(dy, plan.segments * batch, channels) for _ in range(2))
@@ -294,9 +309,9 @@ def run_backward(
         dy=_strided(dy),
         checkpoints=_pointer(checkpoints),
         dend=_pointer(dend),
-        du=_pointer(du),
-        ddelta=_pointer(ddelta),
-        dz=_pointer(dz),
+        du=_strided(du),
+        ddelta=_strided(ddelta),
+        dz=_strided(dz),
         dprojections=_pointer(dprojections),
         dA=_pointer(dA),
         dD=_pointer(dD),
@@ -308,7 +323,44 @@ def run_backward(
     kernels.launch("scan_backward", blocks, arguments)
     dB, dC = (du.new_empty(length, batch, variant.states) for _ in range(2))
     _reduce(kernels, plan, dprojections, dB, dC)
-    return Gradients(du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0), dinitial)
+    return Gradients(
+        u=_dense(du),
+        delta=_dense(ddelta),
+        A=dA.sum(0),
+        B=dB,
+        C=dC,
+        D=dD.sum(0),
+        z=None if dz is None else _dense(dz),
+        delta_bias=dbias.sum(0),
+        initial_state=dinitial,
+    )
+
+
+def _dense(padded: Tensor) -> Tensor:
+    """Without the room for another channel, which only an odd number of them has."""
+    channels = padded.shape[-1]
+    if min(padded.stride()[:2]) == channels:
+        return padded
+    return empty_in_order(padded, channels).copy_(padded)
+
+
+def _paired(a: Arguments) -> Arguments:
+    z = None if a.z is None else _in_pairs(a.z)
+    return a._replace(u=_in_pairs(a.u), delta=_in_pairs(a.delta), z=z)
+
+
+def _in_pairs(tensor: Tensor) -> Tensor:
+    """The tensor [L, b, E], or a copy if its channels cannot be read two at a time.
+
+    After an odd number of channels comes one of zeros.
+    """
+    channels = tensor.shape[-1]
+    steps = (tensor.data_ptr() // tensor.element_size(), *tensor.stride()[:2], channels)
+    if not any(step % 2 for step in steps):
+        return tensor
+    padded = tensor.new_zeros(*tensor.shape[:2], channels + channels % 2)
+    padded[..., :channels] = tensor
+    return padded[..., :channels]
 
 
 def _reduce(kernels: Kernels, plan: Plan, parts: Tensor, dB: Tensor, dC: Tensor) -> None:
@@ -389,8 +441,11 @@ def selective_scan_fused(
     With a `carry`, that gives the initial state; the final state then has no gradient.
     """
     from samba_megatron.ops.selective_scan.fused.device import device_kernels
+    from samba_megatron.ops.selective_scan.fused_operator import run_operators
 
     arguments = Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, reset)
+    if carry is None:
+        return run_operators(arguments, delta_softplus)
     kernels = device_kernels(
         ELEMENTS[activation_dtype(arguments)],
         A.shape[1],
@@ -405,6 +460,8 @@ def _load() -> Any:
     """The function, once it is certain that kernels can be compiled and run here."""
     from samba_megatron.ops.selective_scan.fused.device import require_support
 
+    # Defines the operators, and not while a call is traced.
+    importlib.import_module("samba_megatron.ops.selective_scan.fused_operator")
     require_support()
     return selective_scan_fused
 

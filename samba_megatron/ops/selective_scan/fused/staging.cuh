@@ -35,7 +35,7 @@ struct BackwardArguments {
     const float* checkpoints;    // [chunk, batch, channel, state]
     const float* dend;           // gradient entering each segment [segment, batch, channel, state]
                                  // or null
-    Element *du, *ddelta, *dz;   // [time, batch, channel]; dz null without z
+    Strided du, ddelta, dz;      // dz null without z
     float* dprojections;         // [channel block, time, batch, 2 * STATES]: dB then dC
     float* dA;                   // [segment, batch, channel, state]
     float* dD;                   // [segment, batch, channel]
