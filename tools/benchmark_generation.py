@@ -136,8 +136,8 @@ def _kernels() -> list[str]:
     from samba_megatron.checkpoint.huggingface.shipped import modeling_samba, operations_samba
 
     names = (
-        *("selective_scan_fn", "selective_state_update", "causal_conv1d_fn"),
-        *("causal_conv1d_update", "flash_attn_func", "flash_attn_with_kvcache"),
+        *("selective_scan_fn", "causal_conv1d_fn", "step_kernels"),
+        *("flash_attn_func", "flash_attn_with_kvcache"),
     )
     modules = (operations_samba, modeling_samba)
     return [name for name in names if any(getattr(m, name, None) is not None for m in modules)]

@@ -26,7 +26,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 FP32_TOLERANCE = 1e-4
 KERNELS = {
-    *("selective_scan_fn", "selective_state_update", "causal_conv1d_fn", "causal_conv1d_update"),
+    *("selective_scan_fn", "causal_conv1d_fn", "step_kernels"),
     *("flash_attn_func", "flash_attn_with_kvcache"),
 }
 

@@ -114,8 +114,8 @@ def kernels(model: Any) -> list[tuple[str, Any]]:
     modeling = sys.modules[type(model).__module__]
     operations = sys.modules[modeling.causal_convolution.__module__]
     names = (
-        *((name, operations) for name in ("selective_scan_fn", "selective_state_update")),
-        *((name, operations) for name in ("causal_conv1d_fn", "causal_conv1d_update")),
+        *((name, operations) for name in ("selective_scan_fn", "causal_conv1d_fn")),
+        ("step_kernels", operations),
         *((name, modeling) for name in ("flash_attn_func", "flash_attn_with_kvcache")),
     )
     return [(name, module) for name, module in names if getattr(module, name) is not None]

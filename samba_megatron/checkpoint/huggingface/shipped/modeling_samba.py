@@ -1,10 +1,11 @@
-"""Samba for transformers (4.57 and 5) in plain torch, shipped with every exported model.
+"""Samba for transformers (4.57 and 5), shipped with every exported model.
 
 Samba (arXiv 2406.07522): blocks of a mixer, Mamba-1 (arXiv 2312.00752) or attention in a sliding
 window, and a SwiGLU MLP. mamba-ssm, causal-conv1d and flash-attn are used on a GPU when they are
-installed. A :class:`SambaCache` holds the last keys and values of each window in a ring, and the
-state of each convolution and scan: memory and time of a generated token do not depend on the
-length of the context. (Only attention without a window keeps all its keys.)
+installed, and Triton for single tokens, else plain torch. A :class:`SambaCache` holds the last keys
+and values of each window in a ring, and the state of each convolution and scan: memory and time of
+a generated token do not depend on the length of the context. (Only attention without a window keeps
+all its keys.)
 
 Shapes: b sequences of L tokens, width d, E Mamba channels with N states each.
 """

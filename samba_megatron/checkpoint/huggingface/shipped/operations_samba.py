@@ -1,8 +1,11 @@
 """The causal convolution and the selective scan, with given and returned states; rotary embedding.
 
-mamba-ssm's and causal-conv1d's kernels where they are installed and apply, else torch. Two kinds:
-over a whole prompt, and of a single token that goes on from a state.
+Over a whole prompt mamba-ssm's and causal-conv1d's kernels where they are installed, else torch. Of
+a single token that goes on from a state, kernels of this file where there is Triton (it comes with
+torch for NVIDIA GPUs), else torch.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +13,17 @@ from torch.nn import functional as F
 
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 except ImportError:
-    selective_scan_fn = selective_state_update = None
+    selective_scan_fn = None
 try:
-    from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+    from causal_conv1d import causal_conv1d_fn
 except ImportError:
-    causal_conv1d_fn = causal_conv1d_update = None
+    causal_conv1d_fn = None
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 
 def causal_convolution(
@@ -37,10 +44,9 @@ def causal_convolution(
     past = weight.shape[-1] - 1
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if causal_conv1d_update is not None and before is not None and _is_next_token(x):
+    if step_kernels is not None and before is not None and _is_next_token(x):
         before = before.to(x.dtype)
-        taps = weight.squeeze(1)
-        y = causal_conv1d_update(x.squeeze(-1), before, taps, bias, activation="silu")
+        y = _convolve_token(_rows(x.squeeze(-1)), weight.contiguous(), bias, before)
         return y.unsqueeze(-1), before
     if causal_conv1d_fn is not None and x.is_cuda and before is None and x.shape[-1] > past:
         y = causal_conv1d_fn(x.contiguous(), weight.squeeze(1), bias, activation="silu")
@@ -82,18 +88,158 @@ def selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True
         )
         return y, last.clone()
-    if selective_state_update is not None and state is not None and _is_next_token(u):
-        u, delta, B, C, z = (part.squeeze(-1) for part in (u, delta, B, C, z))
-        y = selective_state_update(
-            state, u, delta, A, B, C, D, z=z, dt_bias=delta_bias, dt_softplus=True
-        )
-        return y.unsqueeze(-1), state
+    if step_kernels is not None and state is not None and _is_next_token(u):
+        u, delta, B, C, z = (_rows(part.squeeze(-1)) for part in (u, delta, B, C, z))
+        A, D, delta_bias, state = (part.contiguous() for part in (A, D, delta_bias, state))
+        return _scan_token(u, delta, A, B, C, D, z, delta_bias, state).unsqueeze(-1), state
     return _scan_in_torch(u, delta, A, B, C, D, z, delta_bias, state)
 
 
 def _is_next_token(x: Tensor) -> bool:
     """Whether the kernels of a single token, which know no gradient, may be used."""
     return x.is_cuda and x.shape[-1] == 1 and not torch.is_grad_enabled()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor [b, x], or a copy if its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _make_step_kernels() -> tuple[Any, Any]:
+    """The convolution's and the scan's, for a block of channels of a sequence; states change in
+    place, and everything is fp32 between load and store."""
+
+    @triton.jit
+    def convolution_step(  # type: ignore[no-untyped-def]
+        x,
+        weight,
+        bias,
+        before,
+        y,
+        x_row,
+        before_row,
+        before_channel,
+        before_tap,
+        channels,
+        TAPS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        sequence = tl.program_id(0).to(tl.int64)
+        channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = channel < channels
+        new = tl.load(x + sequence * x_row + channel, inside, other=0.0)
+        weight += channel * TAPS
+        factor = tl.load(weight + TAPS - 1, inside, other=0.0)
+        total = new.to(tl.float32) * factor.to(tl.float32)
+        if bias is not None:
+            total += tl.load(bias + channel, inside, other=0.0).to(tl.float32)
+        before += sequence * before_row + channel * before_channel
+        for tap in tl.static_range(TAPS - 1):
+            old = tl.load(before + tap * before_tap, inside, other=0.0)
+            factor = tl.load(weight + tap, inside, other=0.0)
+            total += old.to(tl.float32) * factor.to(tl.float32)
+            if tap > 0:
+                tl.store(before + (tap - 1) * before_tap, old, inside)
+        if TAPS > 1:
+            tl.store(before + (TAPS - 2) * before_tap, new, inside)
+        result = total * tl.sigmoid(total)
+        tl.store(y + sequence * channels + channel, result.to(y.dtype.element_ty), inside)
+
+    @triton.jit
+    def scan_step(  # type: ignore[no-untyped-def]
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        state,
+        y,
+        u_row,
+        delta_row,
+        B_row,
+        C_row,
+        z_row,
+        channels,
+        states,
+        STATES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        sequence = tl.program_id(0).to(tl.int64)
+        channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        number = tl.arange(0, STATES)
+        inside, known = channel < channels, number < states
+        both = inside[:, None] & known[None, :]
+        place = channel[:, None] * states + number[None, :]
+
+        raw = tl.load(delta + sequence * delta_row + channel, inside, other=0.0).to(tl.float32)
+        raw += tl.load(delta_bias + channel, inside, other=0.0)
+        # log(1 + e) with all its digits where e is small.
+        e = tl.exp(tl.minimum(raw, 20.0))
+        rounded = 1.0 + e
+        kept = tl.where(rounded == 1.0, 1.0, rounded - 1.0)
+        step = tl.where(rounded == 1.0, e, tl.log(rounded) * (e / kept))
+        step = tl.where(raw > 20.0, raw, step)
+
+        wide = tl.load(u + sequence * u_row + channel, inside, other=0.0).to(tl.float32)
+        b = tl.load(B + sequence * B_row + number, known, other=0.0).to(tl.float32)
+        c = tl.load(C + sequence * C_row + number, known, other=0.0).to(tl.float32)
+        decay = tl.exp(step[:, None] * tl.load(A + place, both, other=0.0))
+        state += sequence * channels * states + place
+        h = decay * tl.load(state, both, other=0.0) + (step * wide)[:, None] * b[None, :]
+        tl.store(state, h, both)
+
+        result = tl.sum(h * c[None, :], 1) + tl.load(D + channel, inside, other=0.0) * wide
+        gate = tl.load(z + sequence * z_row + channel, inside, other=0.0).to(tl.float32)
+        result *= gate * tl.sigmoid(gate)
+        tl.store(y + sequence * channels + channel, result.to(y.dtype.element_ty), inside)
+
+    return convolution_step, scan_step
+
+
+step_kernels = None if triton is None else _make_step_kernels()
+"""Set to None, single tokens are computed by torch as well."""
+_NUMBERS = 512
+"""That a program works on: 16 bytes of states a thread."""
+
+
+def _convolve_token(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> Tensor:
+    """[b, C] → [b, C]; weight [C, 1, taps]; ``before`` [b, C, taps - 1] moves on by a token."""
+    assert step_kernels is not None
+    batch, channels = x.shape
+    y = x.new_empty(batch, channels)
+    grid = (batch, triton.cdiv(channels, _NUMBERS))
+    step_kernels[0][grid](
+        *(x, weight, bias, before, y, x.stride(0), *before.stride()),
+        *(channels, weight.shape[-1], _NUMBERS),
+    )
+    return y
+
+
+def _scan_token(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    state: Tensor,
+) -> Tensor:
+    """[b, E] → [b, E]; B, C: [b, N]; ``state`` [b, E, N] moves on by a token."""
+    assert step_kernels is not None
+    (batch, channels), states = u.shape, A.shape[1]
+    y = u.new_empty(batch, channels)
+    padded = triton.next_power_of_2(states)
+    block = max(1, _NUMBERS // padded)
+    rows = [part.stride(0) for part in (u, delta, B, C, z)]
+    step_kernels[1][batch, triton.cdiv(channels, block)](
+        *(u, delta, A, B, C, D, z, delta_bias, state, y), *rows, channels, states, padded, block
+    )
+    return y
 
 
 def _scan_in_torch(
