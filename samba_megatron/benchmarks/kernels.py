@@ -23,12 +23,14 @@ from samba_megatron.ops.cost import (
     attention_work,
     conv_work,
     linear_cross_entropy_work,
+    rms_norm_work,
     scan_work,
     swiglu_work,
 )
 from samba_megatron.ops.linear_cross_entropy import linear_cross_entropy
 from samba_megatron.ops.measuring import device
 from samba_megatron.ops.registry import Request
+from samba_megatron.ops.rms_norm import rms_norm
 from samba_megatron.ops.selective_scan import selective_scan
 from samba_megatron.ops.selective_scan.benchmark import make_inputs as scan_inputs
 from samba_megatron.ops.swiglu import swiglu
@@ -101,6 +103,12 @@ def subjects(model: ModelConfig, shape: Shape, dtype: str) -> dict[str, Subject]
             swiglu,
             swiglu_work(shape.tokens, model.ffn_hidden_size, size),
             {},
+        ),
+        "rms_norm": Subject(
+            partial(_norm_inputs, model, shape, dtype),
+            lambda backend, x, weight: rms_norm(x, weight, model.layernorm_epsilon, backend)[0],
+            rms_norm_work(shape.tokens, model.hidden_size, size),
+            {"row": model.hidden_size},
         ),
         "linear_cross_entropy": Subject(
             partial(_loss_inputs, model, shape, dtype),
@@ -232,6 +240,13 @@ def _attention_inputs(model: ModelConfig, shape: Shape, dtype: str) -> Inputs:
     keys = (shape.length, shape.batch, model.kv_heads, model.head_dim)
     return {
         name: _random(dtype, *size) for name, size in {"q": queries, "k": keys, "v": keys}.items()
+    }
+
+
+def _norm_inputs(model: ModelConfig, shape: Shape, dtype: str) -> Inputs:
+    return {
+        "x": _random(dtype, shape.length, shape.batch, model.hidden_size),
+        "weight": _random(dtype, model.hidden_size),
     }
 
 

@@ -92,6 +92,20 @@ def _fla_swiglu(inputs: Inputs, model: ModelConfig) -> Prepared:
     return lambda: swiglu(gate, up), {"gate": gate, "up": up}
 
 
+def _transformer_engine_norm(inputs: Inputs, model: ModelConfig) -> Prepared:
+    from transformer_engine.pytorch import RMSNorm
+
+    norm = RMSNorm(model.hidden_size, eps=model.layernorm_epsilon, dtype=inputs["x"].dtype)
+    return lambda: norm(inputs["x"]), {"x": inputs["x"], "weight": norm.weight}
+
+
+def _fla_norm(inputs: Inputs, model: ModelConfig) -> Prepared:
+    from fla.modules import RMSNorm
+
+    norm = RMSNorm(model.hidden_size, eps=model.layernorm_epsilon).to(inputs["x"])
+    return lambda: norm(inputs["x"]), {"x": inputs["x"], "weight": norm.weight}
+
+
 def _fla_loss(inputs: Inputs, model: ModelConfig) -> Prepared:
     from fla.modules import FusedLinearCrossEntropyLoss
 
@@ -113,6 +127,10 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "fla": Kernel(FLA, _fla_attention),
     },
     "swiglu": {"fla": Kernel(FLA, _fla_swiglu)},
+    "rms_norm": {
+        "Transformer Engine": Kernel(TRANSFORMER_ENGINE, _transformer_engine_norm),
+        "fla": Kernel(FLA, _fla_norm),
+    },
     "linear_cross_entropy": {"fla": Kernel(FLA, _fla_loss)},
 }
 """By operation and what stands in the table."""

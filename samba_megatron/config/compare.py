@@ -80,6 +80,7 @@ CHANGES: Mapping[str, Change] = {
     "kernels.causal_conv1d": _FREE,
     "kernels.windowed_attention": _FREE,
     "kernels.swiglu": _FREE,
+    "kernels.rms_norm": _FREE,
     "kernels.gradient_accumulation_fusion": _FREE,
     "kernels.cross_entropy": _FREE,
     # The datasets themselves are compared, not what they are called (data.identity).

@@ -23,6 +23,11 @@ class KernelsConfig:
     swiglu: str = "auto"
     """Backend of the MLPs' gate."""
 
+    rms_norm: Literal["auto", "transformer_engine", "triton", "torch"] = "auto"
+    """The layers' norms: inside Transformer Engine's linears, or this project's, which add the
+    residual stream's gradient to the norm's in one pass; ``auto`` is Transformer Engine's where
+    that is the implementation, else the fastest that can run."""
+
     gradient_accumulation_fusion: bool = True
     """Transformer Engine's linears add their weights' gradients to the gradient buffer as part of
     the matrix product, instead of making them first and adding then."""

@@ -6,6 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from samba_megatron.config import RunConfig
 from samba_megatron.platform.errors import UserError
 
 Implementation = Literal["transformer_engine", "local"]
@@ -55,24 +56,26 @@ def choose_implementation(
     return wanted
 
 
-def build_backend(
-    implementation: Implementation,
-    context_parallel: bool = False,
-    recomputed: Collection[str] = (),
-) -> Backend:
+def build_backend(implementation: Implementation, config: RunConfig) -> Backend:
     """The backend's modules; imports what it needs.
 
     Args:
         implementation: as :func:`choose_implementation` resolved it.
-        context_parallel: whether several ranks share a sequence: then attention is this project's
-            (Transformer Engine would cut it into pieces in its own order).
-        recomputed: results that the linears let go (``parallel.recomputed_parts``). A norm can be
-            let go where it stands apart from its linear.
+        config: the run's. Several ranks that share a sequence have this project's attention
+            (Transformer Engine would cut it into pieces in its own order); a norm of this project,
+            or one that is computed again, stands apart from its linear.
     """
-    if implementation == "transformer_engine":
-        backend = _transformer_engine(context_parallel, norm_apart="layernorm" in recomputed)
-    else:
+    recomputed = config.parallel.recomputed_parts
+    own_norm = config.kernels.rms_norm not in ("auto", "transformer_engine")
+    if implementation == "local":
         backend = _local()
+    else:
+        shared = config.parallel.context_parallel_size > 1
+        backend = _transformer_engine(shared, own_norm or "layernorm" in recomputed)
+    if (own_norm or implementation == "local") and not config.precision.fp32_residual_connection:
+        from samba_megatron.model.layers.norm import RMSNormWithResidual
+
+        backend = replace(backend, layer_norm=RMSNormWithResidual)
     return _letting_go(backend, recomputed)
 
 

@@ -190,21 +190,26 @@ def dropping(linear: type[nn.Module]) -> type[nn.Module]:
 
 
 def recomputable_module(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    """A module of one input, whose output is recomputable."""
+    """A module of one input, whose output, or the first of them, is recomputable."""
     module = build(*args, **kwargs)
     module.register_forward_hook(_remember)
     return module
 
 
-def _remember(module: nn.Module, arguments: tuple[Any, ...], result: Tensor) -> None:
+def _remember(module: nn.Module, arguments: tuple[Any, ...], results: Any) -> None:
+    result = _first(results)
     if torch.is_grad_enabled() and result.requires_grad:
         _mark(result, Recipe(partial(_forward, module), arguments))
 
 
 def _forward(module: nn.Module, *arguments: Any) -> Tensor:
     """Not a call of the module: its hooks have run."""
-    result: Tensor = module.forward(*arguments)
-    return result
+    return _first(module.forward(*arguments))
+
+
+def _first(results: Any) -> Tensor:
+    first: Tensor = results[0] if isinstance(results, tuple) else results
+    return first
 
 
 def _unpack(saved: Any) -> Any:

@@ -149,10 +149,7 @@ def _build_chunk(
     from samba_megatron.platform import distributed
 
     model = config.model
-    parallel = config.parallel
-    backend = build_backend(
-        implementation, parallel.context_parallel_size > 1, parallel.recomputed_parts
-    )
+    backend = build_backend(implementation, config)
     chunk = SambaModel(
         build_transformer_config(config, implementation),
         hybrid_stack_spec=ModuleSpec(

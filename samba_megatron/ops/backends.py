@@ -3,6 +3,7 @@
 from samba_megatron.ops.causal_conv1d.dispatch import CAUSAL_CONV1D
 from samba_megatron.ops.linear_cross_entropy.dispatch import LINEAR_CROSS_ENTROPY
 from samba_megatron.ops.registry import Operation
+from samba_megatron.ops.rms_norm.dispatch import RMS_NORM
 from samba_megatron.ops.selective_scan.dispatch import SELECTIVE_SCAN
 from samba_megatron.ops.swiglu.dispatch import SWIGLU
 from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
@@ -14,6 +15,7 @@ OPERATIONS: dict[str, Operation] = {
         CAUSAL_CONV1D,
         WINDOWED_ATTENTION,
         SWIGLU,
+        RMS_NORM,
         LINEAR_CROSS_ENTROPY,
     )
 }

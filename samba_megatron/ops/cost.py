@@ -115,6 +115,20 @@ def swiglu_work(tokens: int, width: int, element_size: int) -> Passes:
     )
 
 
+def rms_norm_work(tokens: int, width: int, element_size: int) -> Passes:
+    """RMSNorm alone: its input is read and the output written; backward the input and the output's
+    gradient are read, and the input's gradient is written.
+
+    Forward two operations a number for the mean square and two for the result; backward three
+    products, a sum of products each for the row and for the weight, and the row's correction.
+    """
+    numbers = tokens * width
+    return Passes(
+        Work(2 * numbers * element_size, flops=4 * numbers),
+        Work(3 * numbers * element_size, flops=9 * numbers),
+    )
+
+
 def linear_cross_entropy_work(
     tokens: int, width: int, vocabulary: int, element_size: int
 ) -> Passes:

@@ -33,6 +33,7 @@ from samba_megatron.ops.measuring import (
     normal,
     on_gpu,
 )
+from samba_megatron.ops.rms_norm import rms_norm
 from samba_megatron.ops.selective_scan import selective_scan
 from samba_megatron.ops.swiglu.dispatch import swiglu
 from samba_megatron.ops.windowed_attention.dispatch import windowed_attention
@@ -62,6 +63,7 @@ def kernel_trials() -> Iterator[Trial]:
         "causal_conv1d": (causal_conv1d, conv_inputs),
         "windowed_attention": (_attention, attention_inputs),
         "swiglu": (swiglu, swiglu_inputs),
+        "rms_norm": (_norm, norm_inputs),
         "linear_cross_entropy": (_loss, loss_inputs),
     }
     for name, (function, inputs) in calls.items():
@@ -169,6 +171,12 @@ def attention_inputs() -> Inputs:
     }
 
 
+def norm_inputs() -> Inputs:
+    """[s, b, d] = [1024, 2, 1024] on a GPU, [64, 2, 64] on a CPU."""
+    length, width = (1024, 1024) if on_gpu() else (64, 64)
+    return {"x": activation(1, length, 2, width), "weight": activation(2, width)}
+
+
 def swiglu_inputs() -> Inputs:
     """[s, b, 2F] = [1024, 2, 2048] on a GPU, [64, 2, 64] on a CPU."""
     shape = (1024, 2, 2048) if on_gpu() else (64, 2, 64)
@@ -193,6 +201,11 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, backend: str, reset: Tensor | None = None
 ) -> Tensor:
     return windowed_attention(q, k, v, window=q.shape[0] // 4, reset=reset, backend=backend)
+
+
+def _norm(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    normalised, residual = rms_norm(x, weight, 1e-5, backend)
+    return normalised + residual
 
 
 def _scan(backend: str, reset: Tensor | None = None, **inputs: Any) -> Tensor:

@@ -176,6 +176,7 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
                 "width": model.d_conv,
                 "d_state": model.d_state,
                 "head_dim": model.head_dim,
+                "row": model.hidden_size,
             },
         )
 
@@ -188,6 +189,7 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
         chosen["causal_conv1d"] = CAUSAL_CONV1D.choose(kernels.causal_conv1d, request(before)).name
     if "-" in model.hybrid_layer_pattern:
         chosen["swiglu"] = SWIGLU.choose(kernels.swiglu, request()).name
+    chosen["rms_norm"] = _norm(config, implementation, request())
     if kernels.cross_entropy == "chunked":
         asked = request(["vocabulary_parallel", "main_grad"])
         chosen["cross_entropy"] = f"chunked ({LINEAR_CROSS_ENTROPY.choose(AUTO, asked).name})"
@@ -195,6 +197,15 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
         return {**chosen, "attention": "transformer_engine"}
     attention = WINDOWED_ATTENTION.choose(kernels.windowed_attention, request(borrowed)).name
     return {**chosen, "attention": attention}
+
+
+def _norm(config: RunConfig, implementation: str, request: Any) -> str:
+    from samba_megatron.ops.rms_norm.dispatch import RMS_NORM
+
+    kernel = config.kernels.rms_norm
+    if implementation == "transformer_engine" and kernel in ("auto", "transformer_engine"):
+        return "transformer_engine"
+    return RMS_NORM.choose(kernel, request).name
 
 
 def _version(package: str) -> str | None:

@@ -255,6 +255,14 @@ def test_a_hang_is_found_before_torch_ends_the_run():
             "precision.fp8 hybrid needs Transformer Engine, and kernels.transformer_impl is local",
         ),
         (
+            {"kernels.rms_norm": "transformer_engine", "kernels.transformer_impl": "local"},
+            "kernels.rms_norm transformer_engine needs Transformer Engine's linears",
+        ),
+        (
+            {"kernels.rms_norm": "triton", "precision.fp32_residual_connection": True},
+            "kernels.rms_norm triton takes a residual stream in the parameters' dtype",
+        ),
+        (
             {"precision.fp8": "hybrid", "model.ffn_hidden_size": 760},
             "multiples of 16, and model.ffn_hidden_size is 760: use 752 or 768",
         ),

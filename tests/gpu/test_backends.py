@@ -38,6 +38,8 @@ FP32 = {"precision.params_dtype": "fp32"}
 BF16 = {"precision.params_dtype": "bf16"}
 LOCAL = {"kernels.transformer_impl": "local", "optimizer.adam_impl": "torch"}
 CHUNKED = {"kernels.cross_entropy": "chunked"}
+OWN_NORM = {"kernels.rms_norm": "triton"}
+FP8 = {"precision.fp8": "hybrid", "precision.fp8_recipe": "tensorwise"}
 TORCH_OPS = {
     "kernels.selective_scan": "torch",
     "kernels.causal_conv1d": "torch",
@@ -62,6 +64,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         spec("te_bf16", **BF16),
         spec("local_chunked_fp32", **FP32, **LOCAL, **CHUNKED),
         spec("te_bf16_chunked", **BF16, **CHUNKED),
+        spec("te_bf16_own_norm", **BF16, **OWN_NORM),
+        spec("te_fp8_own_norm", **BF16, **FP8, **OWN_NORM),
         spec("te_bf16_recompute", **BF16, **{"parallel.recompute_granularity": "full"}),
         spec(
             "te_bf16_selective",
@@ -128,6 +132,8 @@ def assert_together(runs: dict[str, list[float]], name: str, other: str, toleran
         ("te_bf16", "local_bf16", 2e-3),
         ("local_chunked_fp32", "local_kernels_fp32", 1e-5),
         ("te_bf16_chunked", "te_bf16", 2e-3),
+        ("te_bf16_own_norm", "te_bf16", 2e-3),
+        ("te_fp8_own_norm", "te_fp8_tensorwise", 3e-2),
         ("te_bf16_recompute", "te_bf16", 2e-3),
         ("te_bf16_selective", "te_bf16", 2e-3),
         ("te_bf16_parts", "te_bf16", 2e-3),

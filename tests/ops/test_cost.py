@@ -51,6 +51,15 @@ def test_the_least_work_of_the_scan():
     assert passes.forward.products == passes.backward.products == 0
 
 
+def test_the_least_work_of_a_norm():
+    """10 rows of 6, two bytes a number."""
+    passes = cost.rms_norm_work(10, 6, 2)
+    assert passes.forward.bytes == 10 * 6 * 2 * (1 + 1)  # x; y
+    assert passes.backward.bytes == 10 * 6 * 2 * (2 + 1)  # x, dy; dx
+    # square and sum; twice a factor. Two factors, x again, two sums of products, correction 2.
+    assert passes.forward.flops == 10 * 6 * 4 and passes.backward.flops == 10 * 6 * 9
+
+
 def test_the_least_work_of_attention():
     """3 sequences of 7 in a window of 3, 4 heads over 2 of keys, 16 wide, two bytes a number."""
     passes = cost.attention_work(3, 7, 4, 2, 16, 3, 2)

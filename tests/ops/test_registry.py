@@ -143,6 +143,7 @@ def test_backends_of_all_operations():
         "causal_conv1d": ["causal_conv1d", "torch", "reference"],
         "windowed_attention": ["transformer_engine", "flash_attn", "torch", "reference"],
         "swiglu": ["triton", "torch"],
+        "rms_norm": ["triton", "torch"],
         "linear_cross_entropy": ["triton", "torch", "reference"],
     }
     for operation in OPERATIONS.values():

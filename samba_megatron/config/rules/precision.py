@@ -13,6 +13,7 @@ def needs_gpu(situation: Situation) -> Iterator[str]:
     chosen = {
         "kernels.transformer_impl": config.kernels.transformer_impl,
         "kernels.cross_entropy": config.kernels.cross_entropy,
+        "kernels.rms_norm": config.kernels.rms_norm,
         "optimizer.adam_impl": config.optimizer.adam_impl,
     }
     for name, value in chosen.items():
@@ -32,6 +33,21 @@ def fp8_implementation(situation: Situation) -> Iterator[str]:
         yield (
             f"precision.fp8 {config.precision.fp8} needs Transformer Engine, and "
             "kernels.transformer_impl is local: use auto or transformer_engine"
+        )
+
+
+def norms(situation: Situation) -> Iterator[str]:
+    """Transformer Engine's norms are in its linears; ours know one dtype."""
+    kernels, chosen = situation.config.kernels, situation.config.kernels.rms_norm
+    if chosen == "transformer_engine" and kernels.transformer_impl == "local":
+        yield (
+            "kernels.rms_norm transformer_engine needs Transformer Engine's linears, and "
+            "kernels.transformer_impl is local: use auto, triton or torch"
+        )
+    if chosen in ("triton", "torch") and situation.config.precision.fp32_residual_connection:
+        yield (
+            f"kernels.rms_norm {chosen} takes a residual stream in the parameters' dtype, and "
+            "precision.fp32_residual_connection keeps it in fp32: use auto"
         )
 
 
@@ -83,4 +99,4 @@ def fp8_shapes(situation: Situation) -> Iterator[str]:
                 )
 
 
-RULES = (needs_gpu, fp8_implementation, fp8_shapes)
+RULES = (needs_gpu, fp8_implementation, norms, fp8_shapes)

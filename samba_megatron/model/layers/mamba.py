@@ -101,15 +101,16 @@ class MambaKind:
         return {"norm.weight": "mixer_norm.weight", **{name: name for name in own}}
 
     def spec(self, backend: "Backend") -> Any:
-        """megatron's MambaLayer around our Mamba-1 mixer (megatron's own is Mamba-2 only)."""
+        """megatron's layer around our Mamba-1 mixer (megatron's own is Mamba-2 only)."""
         from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-        from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+        from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
         from megatron.core.transformer.spec_utils import ModuleSpec
 
+        from samba_megatron.model.layers.mamba_layer import SambaMambaLayer
         from samba_megatron.model.layers.mamba_mixer import MambaMixer, MambaMixerSubmodules
 
         return ModuleSpec(
-            module=MambaLayer,
+            module=SambaMambaLayer,
             submodules=MambaLayerSubmodules(
                 norm=backend.layer_norm,
                 mixer=ModuleSpec(

@@ -1,7 +1,12 @@
-"""RMSNorm for the local backend, with the sequence-parallel mark that torch's own lacks."""
+"""RMSNorms of this project: with the sequence-parallel mark that torch's own lacks, and with the
+residual stream's gradient in the norm's."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from samba_megatron.model.transformer_config import SambaTransformerConfig
+from samba_megatron.ops.rms_norm import rms_norm
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -24,3 +29,19 @@ class RMSNorm(torch.nn.RMSNorm):
             dtype=config.params_dtype,
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class RMSNormWithResidual(RMSNorm):
+    """The norm before a layer; gives its input too, for the residual stream.
+
+    Megatron's transformer layer takes such a pair from any norm, and our Mamba layer does.
+    """
+
+    def __init__(self, config: SambaTransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.backend = config.kernels.rms_norm
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """[s, b, d] → normalised [s, b, d], and x: to be read in x's place."""
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps, self.backend)
