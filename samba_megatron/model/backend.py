@@ -64,8 +64,16 @@ def build_backend(implementation: Implementation, config: RunConfig) -> Backend:
         config: the run's. Several ranks that share a sequence have this project's attention
             (Transformer Engine would cut it into pieces in its own order); a norm of this project,
             or one that is computed again, stands apart from its linear.
+
+    Raises:
+        UserError: Transformer Engine's norms are demanded where its linears are not used.
     """
     recomputed = config.parallel.recomputed_parts
+    if implementation == "local" and config.kernels.rms_norm == "transformer_engine":
+        raise UserError(
+            "kernels.rms_norm transformer_engine needs Transformer Engine's linears, and it is not "
+            "installed (make setup-gpu): use auto, triton or torch"
+        )
     own_norm = config.kernels.rms_norm not in ("auto", "transformer_engine")
     if implementation == "local":
         backend = _local()

@@ -170,7 +170,7 @@ def dropped(*results: Tensor) -> Iterator[None]:
         return
 
     def pack(tensor: Tensor) -> Tensor | _Part:
-        if type(tensor) is not Tensor:  # parameters, and quantised tensors without a storage
+        if type(tensor) is not Tensor:  # a quantised one has no storage to know it by
             return tensor
         recipe, dtype = recipes.get(_memory(tensor), (None, None))
         return tensor if recipe is None or tensor.dtype != dtype else _part(recipe, tensor)

@@ -20,12 +20,14 @@ class Format:
 
     largest: float
     """The largest finite number."""
+    cut: float
+    """Numbers over this are cut off to the largest; up to it they round to it."""
     smallest: float
     """The smallest positive number (subnormal)."""
 
 
-E4M3 = Format(448.0, 2.0**-9)
-E5M2 = Format(57344.0, 2.0**-16)
+E4M3 = Format(448.0, 464.0, 2.0**-9)
+E5M2 = Format(57344.0, 61440.0, 2.0**-16)
 
 
 def own_scale(x: Tensor, number_format: Format, scaling: Scaling) -> Tensor:
@@ -42,7 +44,7 @@ def own_scale(x: Tensor, number_format: Format, scaling: Scaling) -> Tensor:
         What ``x`` is multiplied by: a scalar, or [rows, columns]. 1 where all is zero.
     """
     if scaling == "tensor":
-        return _to_largest(x.abs().amax(), number_format)
+        return _to_largest(torch.linalg.vector_norm(x, torch.inf), number_format)
     width = 32 if scaling == "block_32" else 128
     height = 128 if scaling == "square_128" else 1
     rows, columns = x.shape
@@ -73,6 +75,4 @@ def lost_and_clipped(x: Tensor, scale: Tensor, number_format: Format) -> Tensor:
     size = (x.float() * scale).abs()
     not_zero = x != 0
     lost = not_zero & (size <= number_format.smallest / 2)
-    return torch.stack(
-        [each.sum() for each in (not_zero, lost, size > number_format.largest)]
-    ).double()
+    return torch.stack([each.sum() for each in (not_zero, lost, size > number_format.cut)]).double()

@@ -178,7 +178,8 @@ def leave_layout() -> None:
         return
     groups = set(_groups_in(list(vars(parallel_state).values()))) - {torch.distributed.group.WORLD}
     parallel_state.destroy_model_parallel()
-    for group in groups:
+    # Over NCCL it takes all ranks: in one order.
+    for group in sorted(groups, key=lambda each: each.group_name):
         torch.distributed.destroy_process_group(group)
 
 

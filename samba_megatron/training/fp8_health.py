@@ -24,6 +24,8 @@ OPERANDS = ("input", "weight", "gradient")
 """Of a product: what comes in, the weight, and the gradient of what goes out."""
 _INPUT, _WEIGHT, _GRADIENT = range(3)
 _LINEARS_A_LAYER = 2
+_ROWS_AT_ONCE = 4096
+"""A multiple of every block's rows."""
 
 _ROW_SCALING: dict[str, Scaling] = {"blockwise": "block_128", "mxfp8": "block_32"}
 _WEIGHT_SCALING: dict[str, Scaling] = {"blockwise": "square_128", "mxfp8": "block_32"}
@@ -78,12 +80,18 @@ class Fp8Health:
                 hook.remove()
 
     def _attach(self, linear: _Linear) -> list[Any]:
-        seen: list[bool] = []
+        to_come_again, weight_seen = 0, False
 
         def before(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            self._look(linear, _INPUT, _normed(module, inputs[0].detach()))
-            if not seen:  # the same in every micro-batch
-                seen.append(True)
+            nonlocal to_come_again, weight_seen
+            # What is computed again was cast with the scales of its first pass, which has no
+            # gradients.
+            again = to_come_again > 0 and torch.is_grad_enabled()
+            to_come_again += -1 if again else int(not torch.is_grad_enabled())
+            if not again:
+                self._look(linear, _INPUT, _normed(module, inputs[0].detach()))
+            if not weight_seen:  # the same in every micro-batch
+                weight_seen = True
                 self._look(linear, _WEIGHT, module.weight.detach())
 
         def after(module: Any, inputs: Any, output: Any) -> None:
@@ -100,13 +108,16 @@ class Fp8Health:
         hybrid = self._precision.fp8 == "hybrid"
         number_format = E5M2 if hybrid and operand == _GRADIENT else E4M3
         scale = _delayed_scale(linear.module, operand, self._precision.fp8_recipe)
-        if scale is None:
-            scalings = _WEIGHT_SCALING if operand == _WEIGHT else _ROW_SCALING
-            scaling = scalings.get(self._precision.fp8_recipe, "tensor")
+        scalings = _WEIGHT_SCALING if operand == _WEIGHT else _ROW_SCALING
+        scaling = scalings.get(self._precision.fp8_recipe, "tensor")
+        if scale is None and scaling == "tensor":
             scale = own_scale(x, number_format, scaling)
         largest = self._largest[linear.row, operand]
-        torch.maximum(largest, x.abs().amax().float(), out=largest)
-        self._counts[linear.row, operand] += lost_and_clipped(x, scale, number_format)
+        amax = torch.linalg.vector_norm(x, torch.inf).float()
+        torch.maximum(largest, amax, out=largest)
+        for part in x.split(_ROWS_AT_ONCE):  # an operand in fp32, whole, may be gigabytes
+            own = own_scale(part, number_format, scaling) if scale is None else scale
+            self._counts[linear.row, operand] += lost_and_clipped(part, own, number_format)
 
     def collect(self) -> dict[str, Any]:
         """The record; every rank calls it after the backward pass.

@@ -205,6 +205,8 @@ def _norm(config: RunConfig, implementation: str, request: Any) -> str:
     kernel = config.kernels.rms_norm
     if implementation == "transformer_engine" and kernel in ("auto", "transformer_engine"):
         return "transformer_engine"
+    if config.precision.fp32_residual_connection:
+        return "torch"
     return RMS_NORM.choose(kernel, request).name
 
 

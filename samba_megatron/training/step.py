@@ -62,6 +62,8 @@ def forward_step(
     """
     batch = next(iterator)
     sequence = _sequence(batch, end_to_end)
+    if end_to_end and sequence is None:
+        raise ValueError("sequences end to end need to be told where documents begin")
     if batch is None or "tokens" not in batch:  # between the first stage and the last
         return model(None, None, None, packed_seq_params=sequence), None
     return _losses(batch, sequence, model)

@@ -10,8 +10,9 @@ DTYPES = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 
 def spread(rows: int, columns: int) -> torch.Tensor:
     """Numbers over many orders of magnitude, some of them zero."""
-    size = torch.exp2(torch.empty(rows, columns).uniform_(-30, 5))
-    return size * torch.randn(rows, columns).sign() * (torch.rand(rows, columns) > 0.1)
+    generator = torch.Generator().manual_seed(rows)
+    uniform, sign, kept = (torch.rand(rows, columns, generator=generator) for _ in range(3))
+    return torch.exp2(uniform * 35 - 30) * (sign - 0.5).sign() * (kept > 0.1)
 
 
 @pytest.mark.parametrize("number_format", [E4M3, E5M2], ids=["e4m3", "e5m2"])
@@ -36,6 +37,15 @@ def test_each_block_has_its_own_scale(scaling: Scaling, height: int, width: int)
     scaled = (x * own_scale(x, E4M3, scaling)).abs()
     largest = scaled.unflatten(0, (-1, height)).unflatten(2, (-1, width)).amax(dim=(1, 3))
     assert ((largest > E4M3.largest / 2) & (largest <= E4M3.largest)).all()
+
+
+@pytest.mark.parametrize("number_format", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+def test_its_own_scale_clips_nothing(number_format: Format) -> None:
+    """Not by the rounding of the scale either."""
+    for largest in torch.logspace(-8, 8, 500, base=2).bfloat16():
+        x = torch.stack([largest, largest / 3]).unsqueeze(0)
+        scale = own_scale(x, number_format, "tensor")
+        assert lost_and_clipped(x, scale, number_format).tolist() == [2, 0, 0]
 
 
 def test_a_scale_of_the_past_clips() -> None:

@@ -151,7 +151,8 @@ def sequence_pieces(situation: Situation) -> Iterator[str]:
             )
     yield from _attention_with_a_halo(situation, because)
     only_parts = len(parallel.recomputed_parts) == len(parallel.recompute_modules)
-    whole = parallel.recompute_granularity is not None and not only_parts
+    selective = parallel.recompute_granularity == "selective"
+    whole = parallel.recompute_granularity is not None and not (selective and only_parts)
     if parallel.sequence_piece_gradients == "exact" and whole:
         yield (
             "parallel.sequence_piece_gradients exact computes every piece again anyway: set "

@@ -242,10 +242,8 @@ class MambaMixer(ShardedParameters):
 
     def project_to_dt_b_c(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [s, b, E/tp] → dt [s, b, R], B and C [s, b, N], whole on every rank."""
-        partial = F.linear(x, self.x_proj.weight)  # [s, b, R+2N], a part of the sum
-        summed = tensor_parallel.reduce_from_tensor_model_parallel_region(
-            partial, group=self.tp_group
-        )
+        part = F.linear(x, self.x_proj.weight)  # [s, b, R+2N], of the sum
+        summed = tensor_parallel.reduce_from_tensor_model_parallel_region(part, group=self.tp_group)
         shared = tensor_parallel.copy_to_tensor_model_parallel_region(summed, group=self.tp_group)
         dt, b, c = torch.split(shared, [self.dt_rank, self.d_state, self.d_state], dim=-1)
         return dt, b, c

@@ -5,6 +5,8 @@ a single token that goes on from a state, kernels of this file where there is Tr
 torch for NVIDIA GPUs), else torch.
 """
 
+import subprocess
+import warnings
 from typing import Any
 
 import torch
@@ -47,7 +49,8 @@ def causal_convolution(
     if step_kernels is not None and before is not None and _is_next_token(x):
         before = before.to(x.dtype)
         y = _convolve_token(_rows(x.squeeze(-1)), weight.contiguous(), bias, before)
-        return y.unsqueeze(-1), before
+        if y is not None:
+            return y.unsqueeze(-1), before
     if causal_conv1d_fn is not None and x.is_cuda and before is None and x.shape[-1] > past:
         y = causal_conv1d_fn(x.contiguous(), weight.squeeze(1), bias, activation="silu")
         return y, x[..., -past:].clone()
@@ -89,9 +92,11 @@ def selective_scan(
         )
         return y, last.clone()
     if step_kernels is not None and state is not None and _is_next_token(u):
-        u, delta, B, C, z = (_rows(part.squeeze(-1)) for part in (u, delta, B, C, z))
-        A, D, delta_bias, state = (part.contiguous() for part in (A, D, delta_bias, state))
-        return _scan_token(u, delta, A, B, C, D, z, delta_bias, state).unsqueeze(-1), state
+        token = [_rows(part.squeeze(-1)) for part in (u, delta, B, C, z)]
+        state = state.contiguous()
+        y = _scan_token(token, A.contiguous(), D.contiguous(), delta_bias.contiguous(), state)
+        if y is not None:
+            return y.unsqueeze(-1), state
     return _scan_in_torch(u, delta, A, B, C, D, z, delta_bias, state)
 
 
@@ -205,41 +210,48 @@ _NUMBERS = 512
 """That a program works on: 16 bytes of states a thread."""
 
 
-def _convolve_token(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> Tensor:
-    """[b, C] → [b, C]; weight [C, 1, taps]; ``before`` [b, C, taps - 1] moves on by a token."""
+def _launch(number: int, grid: tuple[int, ...], on: Tensor, *arguments: Any) -> bool:
+    """Runs a step kernel on a tensor's device; False where it cannot be compiled: Triton needs a C
+    compiler, and without one torch computes tokens from then on."""
+    global step_kernels
     assert step_kernels is not None
+    try:
+        with torch.cuda.device_of(on):
+            step_kernels[number][grid](*arguments)
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        warnings.warn(f"single tokens are computed by torch: {error}", stacklevel=2)
+        step_kernels = None
+        return False
+    return True
+
+
+def _convolve_token(
+    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor
+) -> Tensor | None:
+    """[b, C] → [b, C]; weight [C, 1, taps]; ``before`` [b, C, taps - 1] moves on by a token."""
     batch, channels = x.shape
     y = x.new_empty(batch, channels)
     grid = (batch, triton.cdiv(channels, _NUMBERS))
-    step_kernels[0][grid](
-        *(x, weight, bias, before, y, x.stride(0), *before.stride()),
-        *(channels, weight.shape[-1], _NUMBERS),
-    )
-    return y
+    strides, sizes = (x.stride(0), *before.stride()), (channels, weight.shape[-1], _NUMBERS)
+    ran = _launch(0, grid, x, x, weight, bias, before, y, *strides, *sizes)
+    return y if ran else None
 
 
 def _scan_token(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    state: Tensor,
-) -> Tensor:
-    """[b, E] → [b, E]; B, C: [b, N]; ``state`` [b, E, N] moves on by a token."""
-    assert step_kernels is not None
+    token: list[Tensor], A: Tensor, D: Tensor, delta_bias: Tensor, state: Tensor
+) -> Tensor | None:
+    """u, delta, B, C, z, of which B and C are [b, N] and the others [b, E] → [b, E]; ``state``
+    [b, E, N] moves on by a token."""
+    u, delta, B, C, z = token
     (batch, channels), states = u.shape, A.shape[1]
     y = u.new_empty(batch, channels)
     padded = triton.next_power_of_2(states)
     block = max(1, _NUMBERS // padded)
     rows = [part.stride(0) for part in (u, delta, B, C, z)]
-    step_kernels[1][batch, triton.cdiv(channels, block)](
-        *(u, delta, A, B, C, D, z, delta_bias, state, y), *rows, channels, states, padded, block
-    )
-    return y
+    tensors, sizes = (u, delta, A, B, C, D, z, delta_bias, state, y), (channels, states)
+    grid = (batch, triton.cdiv(channels, block))
+    ran = _launch(1, grid, u, *tensors, *rows, *sizes, padded, block)
+    return y if ran else None
 
 
 def _scan_in_torch(
