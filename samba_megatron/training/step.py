@@ -151,7 +151,7 @@ def run_schedule(
         step = InPieces(piece_step, pieces, exact).forward_step
         num_microbatches *= pieces
         sequence_length //= pieces
-    elif config.sequences_end_to_end:
+    elif config.sequences_end_to_end and micro_batch_size > 1:
         step = partial(forward_step, end_to_end=True)
         sequence_length, micro_batch_size = sequence_length * micro_batch_size, 1
     return get_forward_backward_func()(
