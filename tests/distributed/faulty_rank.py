@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from samba_megatron.platform.errors import run_command
 
 
-def break_data(step: int, fault: str) -> None:
-    """From here on the stream of samples fails at ``step``."""
+def break_data(step: int, fault: str, run_dir: Path) -> None:
+    """From here on the stream of samples fails at ``step``; a file ``hangs`` says when it hangs."""
     from samba_megatron.data.stream import SampleStream
 
     healthy, steps = SampleStream.next_global_batch, [0]
@@ -23,6 +23,7 @@ def break_data(step: int, fault: str) -> None:
     def faulty(self: SampleStream, size: int) -> Any:
         steps[0] += 1
         if steps[0] == step and fault == "hang":
+            (run_dir / "hangs").write_text("now")
             time.sleep(10_000)
         if steps[0] == step:
             raise ValueError("this rank's data are broken")
@@ -38,7 +39,7 @@ def main() -> int:
     rank, step, fault = sys.argv[1:4]
     config = parse_run_config(sys.argv[4:])
     if os.environ["RANK"] == rank:
-        break_data(int(step), fault)
+        break_data(int(step), fault, Path(config.run_dir))
 
     from samba_megatron.platform import distributed
     from samba_megatron.training.entry import train
