@@ -38,6 +38,7 @@ def main() -> int:
 
     rank, step, fault = sys.argv[1:4]
     config = parse_run_config(sys.argv[4:])
+    assert config.run_dir is not None
     if os.environ["RANK"] == rank:
         break_data(int(step), fault, Path(config.run_dir))
 

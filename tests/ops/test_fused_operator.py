@@ -3,9 +3,6 @@
 On a CPU the scan's kernels are emulated (see emulated_primitives.h) and SwiGLU's interpreted.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -31,9 +28,9 @@ from samba_megatron.ops.swiglu import swiglu, triton_swiglu
 from tests.ops import emulated_kernels
 from tests.ops.comparing import Inputs, assert_near, assert_same_bits, run
 from tests.ops.emulated_kernels import EmulatedKernels
+from tests.ops.interpreting import interpret
 from tests.ops.test_swiglu import check_operators
 
-ROOT = Path(__file__).parents[2]
 LENGTH, BATCH, CHANNELS, STATES = 40, 2, 6, 8  # two chunks
 OPTIONAL = ("D", "z", "delta_bias", "initial_state", "reset")
 
@@ -198,7 +195,7 @@ def mixer(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return triton_swiglu.swiglu_triton(torch.cat([y, inputs["delta"].to(y.dtype)], -1)), state
 
 
-def interpret(folder: str) -> None:
+def compare(folder: str) -> None:
     """Both operators in one compiled function; SwiGLU's by Triton's interpreter."""
     check_operators()
     fused_operator.LOOKUPS["cpu"] = emulated(Path(folder))
@@ -217,19 +214,11 @@ def interpret(folder: str) -> None:
         "samba_megatron.swiglu": gate.forward.flops,
         "samba_megatron.swiglu_backward": gate.backward.flops,
     }
-    print("compared")
 
 
 @needs_compiler
 def test_a_compiled_function_is_the_eager_one_and_flops_are_counted(kernels, folder):
-    """In a process of its own: Triton decides once how its kernels run."""
-    pytest.importorskip("triton")
-    code = f"from tests.ops.test_fused_operator import interpret; interpret({str(folder)!r})"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.stdout == "compared\n", result.stderr
+    interpret("tests.ops.test_fused_operator", str(folder))
 
 
 @pytest.mark.gpu

@@ -1,9 +1,5 @@
 """Head and loss in chunks: against all logits at once, on a CPU, interpreted, and on a GPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +14,7 @@ from samba_megatron.ops.linear_cross_entropy.chunked import Softmax, chunked
 from samba_megatron.ops.linear_cross_entropy.dispatch import LINEAR_CROSS_ENTROPY
 from samba_megatron.ops.linear_cross_entropy.torch_softmax import statistics
 from tests.ops.comparing import Inputs, Kernel, assert_near
-
-ROOT = Path(__file__).parents[2]
+from tests.ops.interpreting import interpret
 
 
 def make_inputs(
@@ -157,7 +152,7 @@ def test_chunks_are_bounded_and_alike(tokens, vocabulary, chunk):
     assert chunk * vocabulary * 2 <= LOGITS_BYTES or chunk == 1024
 
 
-def interpret() -> None:
+def compare() -> None:
     """Compares the kernels in Triton's interpreter, which runs them on CPU tensors."""
     run_chunked = chunked(triton_softmax.make_softmax(triton_softmax.make_kernels()))
     for vocabulary in (3, triton_softmax.BLOCK + 5):
@@ -169,18 +164,10 @@ def interpret() -> None:
         total.backward()
         got = {"total": total.detach(), "losses": losses, "dhidden": hidden.grad}
         assert_near({**got, "dweight": weight.grad}, expected, 1e-5)
-    print("compared")
 
 
 def test_the_kernels_are_the_formula() -> None:
-    """In a process of its own: Triton decides once how its kernels run."""
-    pytest.importorskip("triton")
-    code = "from tests.ops.test_linear_cross_entropy import interpret; interpret()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.stdout == "compared\n", result.stderr
+    interpret("tests.ops.test_linear_cross_entropy")
 
 
 @pytest.mark.gpu

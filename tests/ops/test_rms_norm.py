@@ -1,10 +1,5 @@
 """RMSNorm: the kernel against the formula, with and without a residual stream beside it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +7,8 @@ from torch import Tensor
 from samba_megatron.ops.rms_norm import rms_norm, rms_norm_reference, triton_rms_norm
 from samba_megatron.ops.rms_norm.dispatch import RMS_NORM
 from tests.ops.comparing import Kernel, assert_near, run, to
+from tests.ops.interpreting import interpret
 
-ROOT = Path(__file__).parents[2]
 SHAPES = [(1, 3), (3, 2, 96), (9, 1, 128), (5, 2, 1000)]
 EPS = 1e-5
 
@@ -39,7 +34,7 @@ def layer(function):
     return both, alone
 
 
-def interpret() -> None:
+def compare() -> None:
     """Compares the kernels in Triton's interpreter, which runs them on CPU tensors."""
     kernels = triton_rms_norm.make_kernels()
 
@@ -50,18 +45,10 @@ def interpret() -> None:
         inputs = make_inputs(shape)
         for ours, theirs in zip(layer(kernel), layer(rms_norm_reference), strict=True):
             assert_near(run(ours, to(inputs, torch.float32)), run(theirs, inputs), 2e-6)
-    print("compared")
 
 
 def test_the_kernel_is_the_formula() -> None:
-    """In a process of its own: Triton decides once how its kernels run."""
-    pytest.importorskip("triton")
-    code = "from tests.ops.test_rms_norm import interpret; interpret()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.stdout == "compared\n", result.stderr
+    interpret("tests.ops.test_rms_norm")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

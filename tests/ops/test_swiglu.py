@@ -1,10 +1,5 @@
 """SwiGLU: the kernel against the formula, on a GPU, and interpreted on a CPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +7,8 @@ from torch import Tensor
 from samba_megatron.ops.swiglu import swiglu, swiglu_reference, triton_swiglu
 from samba_megatron.ops.swiglu.dispatch import SWIGLU
 from tests.ops.comparing import Kernel, assert_near, run, to
+from tests.ops.interpreting import interpret
 
-ROOT = Path(__file__).parents[2]
 SHAPES = [(1, 2), (3, 2, 6), (5, 1, 2 * 1024), (2, 3, 2 * 1500)]
 
 
@@ -25,13 +20,12 @@ def make_input(shape: tuple[int, ...]) -> dict[str, Tensor]:
     return {"x": x}
 
 
-def interpret() -> None:
+def compare() -> None:
     """Compares the kernels in Triton's interpreter, which runs them on CPU tensors."""
     for shape in SHAPES:
         inputs = make_input(shape)
         got = run(triton_swiglu.swiglu_triton, to(inputs, torch.float32))
         assert_near(got, run(swiglu_reference, inputs), 1e-6)
-    print("compared")
 
 
 def check_operators() -> None:
@@ -50,14 +44,7 @@ def check_operators() -> None:
 
 
 def test_the_kernel_is_the_formula() -> None:
-    """In a process of its own: Triton decides once how its kernels run."""
-    pytest.importorskip("triton")
-    code = "from tests.ops.test_swiglu import interpret; interpret()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.stdout == "compared\n", result.stderr
+    interpret("tests.ops.test_swiglu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,9 +1,5 @@
 """A token's step of the shipped code by its own kernels: on a GPU, and interpreted on a CPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +13,7 @@ from samba_megatron.ops.causal_conv1d import causal_conv1d_reference
 from samba_megatron.ops.selective_scan import selective_scan_reference
 from tests.checkpoint.huggingface.test_modeling import build, tokens
 from tests.ops.comparing import Inputs, assert_near, to
-
-ROOT = Path(__file__).parents[3]
+from tests.ops.interpreting import interpret
 
 
 def compare_scan(
@@ -108,7 +103,7 @@ def compare_generation(name: str) -> None:
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=2e-5)
 
 
-def interpret() -> None:
+def compare() -> None:
     """In Triton's interpreter, which runs kernels on CPU tensors."""
     calls = []
     scan, convolve = operations_samba._scan_token, operations_samba._convolve_token
@@ -142,18 +137,10 @@ def interpret() -> None:
     calls.clear()
     compare_generation("Mamba-SWA-MLP")  # which convolves queries, keys and values too
     assert set(calls) == {scan, convolve}
-    print("compared")
 
 
 def test_steps_are_the_operations_that_train() -> None:
-    """In a process of its own: Triton decides once how its kernels run."""
-    pytest.importorskip("triton")
-    code = "from tests.checkpoint.huggingface.test_steps import interpret; interpret()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.stdout == "compared\n", result.stderr
+    interpret("tests.checkpoint.huggingface.test_steps")
 
 
 @pytest.mark.gpu

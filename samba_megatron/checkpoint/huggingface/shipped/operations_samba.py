@@ -110,9 +110,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _make_step_kernels() -> tuple[Any, Any]:
-    """The convolution's and the scan's, for a block of channels of a sequence; states change in
-    place, and everything is fp32 between load and store."""
+def _make_convolution_step() -> Any:
+    """A token's convolution of a block of channels of a sequence; its state changes in place, and
+    everything is fp32 between load and store."""
 
     @triton.jit
     def convolution_step(  # type: ignore[no-untyped-def]
@@ -149,6 +149,12 @@ def _make_step_kernels() -> tuple[Any, Any]:
             tl.store(before + (TAPS - 2) * before_tap, new, inside)
         result = total * tl.sigmoid(total)
         tl.store(y + sequence * channels + channel, result.to(y.dtype.element_ty), inside)
+
+    return convolution_step
+
+
+def _make_scan_step() -> Any:
+    """A token's scan, likewise."""
 
     @triton.jit
     def scan_step(  # type: ignore[no-untyped-def]
@@ -201,22 +207,22 @@ def _make_step_kernels() -> tuple[Any, Any]:
         result *= gate * tl.sigmoid(gate)
         tl.store(y + sequence * channels + channel, result.to(y.dtype.element_ty), inside)
 
-    return convolution_step, scan_step
+    return scan_step
 
 
-step_kernels = None if triton is None else _make_step_kernels()
+step_kernels = None if triton is None else (_make_convolution_step(), _make_scan_step())
 """Set to None, single tokens are computed by torch as well."""
 _NUMBERS = 512
 """That a program works on: 16 bytes of states a thread."""
 
 
-def _launch(number: int, grid: tuple[int, ...], on: Tensor, *arguments: Any) -> bool:
-    """Runs a step kernel on a tensor's device; False where it cannot be compiled: Triton needs a C
-    compiler, and without one torch computes tokens from then on."""
+def _launch(number: int, grid: tuple[int, ...], *arguments: Any) -> bool:
+    """Runs a step kernel on its first argument's device; False where it cannot be compiled: Triton
+    needs a C compiler, and without one torch computes tokens from then on."""
     global step_kernels
     assert step_kernels is not None
     try:
-        with torch.cuda.device_of(on):
+        with torch.cuda.device_of(arguments[0]):
             step_kernels[number][grid](*arguments)
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         warnings.warn(f"single tokens are computed by torch: {error}", stacklevel=2)
@@ -233,7 +239,7 @@ def _convolve_token(
     y = x.new_empty(batch, channels)
     grid = (batch, triton.cdiv(channels, _NUMBERS))
     strides, sizes = (x.stride(0), *before.stride()), (channels, weight.shape[-1], _NUMBERS)
-    ran = _launch(0, grid, x, x, weight, bias, before, y, *strides, *sizes)
+    ran = _launch(0, grid, x, weight, bias, before, y, *strides, *sizes)
     return y if ran else None
 
 
@@ -250,7 +256,7 @@ def _scan_token(
     rows = [part.stride(0) for part in (u, delta, B, C, z)]
     tensors, sizes = (u, delta, A, B, C, D, z, delta_bias, state, y), (channels, states)
     grid = (batch, triton.cdiv(channels, block))
-    ran = _launch(1, grid, u, *tensors, *rows, *sizes, padded, block)
+    ran = _launch(1, grid, *tensors, *rows, *sizes, padded, block)
     return y if ran else None
 
 

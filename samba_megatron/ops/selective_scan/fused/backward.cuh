@@ -11,40 +11,6 @@ struct Tile {
     float dD;
 };
 
-DEVICE void clear(float (&v)[4]) { v[0] = v[1] = v[2] = v[3] = 0.0f; }
-
-// One step, forward or backward or first the one and then the other.
-template <bool FORTH, bool BACK>
-DEVICE void run_step(const Operands& o, Slots& slots, Tile& t, int q, float (&y)[4],
-                     float (&dx)[4], float (&ddecay)[4], float (&dB)[4], float (&dC)[4]) {
-    clear(y), clear(dx), clear(ddecay), clear(dB), clear(dC);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            float decay;
-            if (FORTH) {
-                decay = exp2_approx(multiply_add(o.step[i], slots.A[i][j], o.reset));
-                const float h = multiply_add(decay, t.h[q][i][j], o.x[i] * o.B[j]);
-                if (!BACK) t.decay[q][i][j] = decay, t.h[q + 1][i][j] = h;
-                y[i] = multiply_add(h, o.C[j], y[i]);
-                dC[j] = multiply_add(h, o.dy[i], dC[j]);
-            } else {
-                decay = t.decay[q][i][j];
-            }
-            if (BACK) {
-                const float dh = multiply_add(o.dy[i], o.C[j], slots.dh[i][j]);
-                dB[j] = multiply_add(dh, o.x[i], dB[j]);
-                dx[i] = multiply_add(dh, o.B[j], dx[i]);
-                slots.dh[i][j] = decay * dh;
-                const float dexponent = slots.dh[i][j] * t.h[q][i][j];
-                ddecay[i] = multiply_add(dexponent, slots.A[i][j], ddecay[i]);
-                slots.dA[i][j] = multiply_add(dexponent, o.step[i], slots.dA[i][j]);
-            }
-        }
-    }
-}
-
 DEVICE float gate_gradient(float dy, float y, float z) {
     const float s = sigmoid(z);
     return dy * y * s * multiply_add(z, 1.0f - s, 1.0f);
@@ -221,62 +187,6 @@ DEVICE void run_group(const BackwardArguments& p, const Piece& piece, Own& own, 
     }
 }
 
-// A group's A, and its dh and dA as the chunk before in this order left them.
-DEVICE void load_group(const BackwardArguments& p, const Piece& piece, const Lane& lane, int group,
-                       bool begins, Slots& slots) {
-    const int first_channel = piece.channel_block * THREADS;
-    const int channels = p.plan.channels - first_channel;
-    load_slots(slots.A, p.A + static_cast<long long>(first_channel) * STATES, lane, channels,
-               group);
-    const float* carry =
-        p.carry + (static_cast<long long>(piece.job) * CARRY + group * 32) * THREADS + lane.thread;
-    if (begins && p.dend != nullptr) {
-        load_slots(slots.dh,
-                   p.dend + state_offset(p.plan, piece.segment, piece.batch, first_channel), lane,
-                   channels, group);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            slots.A[i][j] *= LOG2_E;
-            if (begins) {
-                slots.dA[i][j] = 0.0f;
-                if (p.dend == nullptr) slots.dh[i][j] = 0.0f;
-            } else {
-                slots.dh[i][j] = load_shared_result(carry + (i * 4 + j) * THREADS);
-                slots.dA[i][j] = load_shared_result(carry + (16 + i * 4 + j) * THREADS);
-            }
-        }
-    }
-}
-
-DEVICE void keep_group(const BackwardArguments& p, const Piece& piece, const Lane& lane, int group,
-                       const Slots& slots) {
-    float* carry =
-        p.carry + (static_cast<long long>(piece.job) * CARRY + group * 32) * THREADS + lane.thread;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            carry[(i * 4 + j) * THREADS] = slots.dh[i][j];
-            carry[(16 + i * 4 + j) * THREADS] = slots.dA[i][j];
-        }
-    }
-}
-
-DEVICE void write_group(const BackwardArguments& p, const Piece& piece, const Lane& lane,
-                        int group, const Slots& slots) {
-    const int first_channel = piece.channel_block * THREADS;
-    const int channels = p.plan.channels - first_channel;
-    store_slots(p.dA + state_offset(p.plan, piece.segment, piece.batch, first_channel), slots.dA,
-                lane, channels, group);
-    if (p.dstart != nullptr && piece.segment == 0) {
-        store_slots(p.dstart + state_offset(p.plan, 0, piece.batch, first_channel), slots.dh, lane,
-                    channels, group);
-    }
-}
-
 DEVICE void run_groups(const BackwardArguments& p, const Piece& piece, Own& own, const Lane& lane,
                        Slots& slots, Shared& shared, SharedOfGroups* sums, int chunk) {
     for (int group = 0; group < GROUPS; ++group) {
@@ -383,26 +293,4 @@ KERNEL(THREADS, GROUPS > 1 ? 1 : 2) scan_backward(const BackwardArguments p) {
     for (int job = first_job(p.plan, worker); find_piece(p.plan, worker, job, piece); ++job) {
         run_backward_piece(p, piece);
     }
-}
-
-struct ReduceArguments {
-    int tokens;
-    int channel_blocks;
-    const float* dprojections;  // [channel block, token, 2 * STATES]
-    Element *dB, *dC;           // [token, state]
-};
-
-// dB and dC from the channel blocks' parts, always in the same order; a thread a number.
-KERNEL(THREADS, 8) reduce_projections(const ReduceArguments p) {
-    const long long index = static_cast<long long>(block_index()) * THREADS + thread_index();
-    const long long count = static_cast<long long>(p.tokens) * 2 * STATES;
-    if (index >= count) return;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int block = 0; block < p.channel_blocks; ++block) {
-        sum += p.dprojections[block * count + index];
-    }
-    const int column = static_cast<int>(index % (2 * STATES));
-    Element* target = column < STATES ? p.dB : p.dC;
-    target[index / (2 * STATES) * STATES + column % STATES] = from_float(sum);
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from samba_megatron.ops.selective_scan.fused.layout import Backward
 
-_SHARED = ("primitives.cuh", "common.cuh", "forward.cuh")
+_SHARED = ("primitives.cuh", "common.cuh", "forward.cuh", "lanes.cuh")
 _BACKWARDS = {
     Backward.CHANNELS: ("staging.cuh", "backward.cuh"),
     Backward.PAIRS: ("pairs_staging.cuh", "pairs_tile.cuh", "pairs_backward.cuh"),

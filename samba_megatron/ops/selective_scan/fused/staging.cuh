@@ -17,35 +17,7 @@
 // More than 16 states are done 16 at a time, their contributions to sums over states added up in
 // shared memory.
 
-constexpr int GROUP = 16;
-constexpr int GROUPS = STATES > GROUP ? STATES / GROUP : 1;
-constexpr int TILE = 4;
-constexpr int TILES = CHUNK / TILE;
 constexpr int BATCH_LOADS = 8;  // steps whose activations are asked for at once
-constexpr int WARPS = THREADS / 32;
-
-struct BackwardArguments {
-    Plan plan;
-    Strided u, delta, z, B, C;
-    Strided dy;                  // gradient of the gated output
-    const float* A;              // [channel, state]
-    const float* D;              // [channel] or null
-    const float* delta_bias;     // [channel] or null
-    const unsigned char* reset;  // [time, batch] or null
-    const float* checkpoints;    // [chunk, batch, channel, state]
-    const float* dend;           // gradient entering each segment [segment, batch, channel, state]
-                                 // or null
-    Strided du, ddelta, dz;      // dz null without z
-    float* dprojections;         // [channel block, time, batch, 2 * STATES]: dB then dC
-    float* dA;                   // [segment, batch, channel, state]
-    float* dD;                   // [segment, batch, channel]
-    float* dbias;                // [segment, batch, channel]
-    float* dstart;               // [batch, channel, state] or null
-    float* carry;                // [job, CARRY, THREADS]
-    int* flags;                  // [job], zero
-};
-
-constexpr int CARRY = GROUPS * 32 + 2;  // floats a thread hands over
 
 // What phase 0 leaves of a tile's steps.
 struct SharedTile {
@@ -69,90 +41,12 @@ struct SharedOfGroups {
     float decay[CHUNK][THREADS];
 };
 
-struct Lane {
-    int thread;
-    int group;      // which 4 states: lane & 3
-    int turn;       // how its states are turned: lane >> 2 & 3
-    int place[4];   // the block's channel in each slot
-    int low, high;  // where the projections of its slots 0, 1 and 2, 3 lie
-};
-
-struct Slots {
-    float A[4][4];   // times log2(e)
-    float dh[4][4];  // gradient of the state before the step last done
-    float dA[4][4];
-};
-
 // One thread's own channel.
 struct Own {
     int channel;
     bool active;
     float D, bias, dD, dbias;
 };
-
-DEVICE Lane make_lane() {
-    Lane lane;
-    lane.thread = thread_index();
-    lane.group = lane.thread & 3;
-    lane.turn = lane.thread >> 2 & 3;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) lane.place[i] = (lane.thread & ~3) + (i ^ lane.group);
-    lane.low = (lane.turn & 1) * 8 + lane.group * 2 + (lane.turn >> 1);
-    lane.high = lane.low ^ 1;
-    return lane;
-}
-
-// Element j of the result is element j ^ turn of `v`.
-DEVICE void turn4(float (&v)[4], int turn) {
-    const bool swap_pairs = turn & 2, swap_neighbours = turn & 1;
-    const float a = swap_pairs ? v[2] : v[0], b = swap_pairs ? v[3] : v[1];
-    const float c = swap_pairs ? v[0] : v[2], d = swap_pairs ? v[1] : v[3];
-    v[0] = swap_neighbours ? b : a, v[1] = swap_neighbours ? a : b;
-    v[2] = swap_neighbours ? d : c, v[3] = swap_neighbours ? c : d;
-}
-
-// Each slot's states from memory that holds STATES a channel; zero where there is none.
-DEVICE void load_slots(float (&v)[4][4], const float* first_channel, const Lane& lane,
-                       int channels, int group) {
-    const int state = group * GROUP + lane.group * 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        float4 w = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (lane.place[i] < channels && state < STATES) {
-            w = *reinterpret_cast<const float4*>(first_channel + lane.place[i] * STATES + state);
-        }
-        v[i][0] = w.x, v[i][1] = w.y, v[i][2] = w.z, v[i][3] = w.w;
-        turn4(v[i], lane.turn);
-    }
-}
-
-DEVICE void store_slots(float* first_channel, const float (&v)[4][4], const Lane& lane,
-                        int channels, int group) {
-    const int state = group * GROUP + lane.group * 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (lane.place[i] < channels && state < STATES) {
-            float w[4] = {v[i][0], v[i][1], v[i][2], v[i][3]};
-            turn4(w, lane.turn);
-            *reinterpret_cast<float4*>(first_channel + lane.place[i] * STATES + state) =
-                make_float4(w[0], w[1], w[2], w[3]);
-        }
-    }
-}
-
-// Sum over the lanes that have the same channels: each lane gets its own channel's.
-DEVICE float sum_states(const float (&v)[4]) {
-    const float even = v[0] + shuffle_xor(v[2], 2);
-    const float odd = v[1] + shuffle_xor(v[3], 2);
-    return even + shuffle_xor(odd, 1);
-}
-
-// Sum over four of the lanes that have the same states: each gets one state's, its slot 0.
-DEVICE float sum_channels(const float (&v)[4]) {
-    const float even = v[0] + shuffle_xor(v[2], 8);
-    const float odd = v[1] + shuffle_xor(v[3], 8);
-    return even + shuffle_xor(odd, 4);
-}
 
 // Phase 0
 
@@ -244,12 +138,6 @@ DEVICE void stage_projections(const BackwardArguments& p, const Piece& piece, in
             reset_exponent(p.reset, p.plan, begin + thread, piece.batch);
     }
 }
-
-// A step's operands in a thread's slots
-
-struct Operands {
-    float step[4], x[4], dy[4], B[4], C[4], reset;
-};
 
 template <bool AGAIN>
 DEVICE Operands read_operands(const SharedTile& tile, const Lane& lane, int q) {
