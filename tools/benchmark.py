@@ -150,7 +150,8 @@ class Benchmark:
         precisions = self._args.precisions or default
         say(f"step: {self._plan.steps} steps each of {', '.join(precisions)} …")
         folder = self._args.output / "step"
-        self.take(own_step.measure(self._plan, precisions, folder, self._stop, say))
+        tool = Path(__file__).with_name("measure_training.py")
+        self.take(own_step.measure(tool, self._plan, precisions, folder, self._stop, say))
         if time.monotonic() > self._stop:
             return self._note("left out for --time-limit: fla's steps")
         with closing(children(self._args, self._stop, ["step"])) as found:

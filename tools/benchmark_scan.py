@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from samba_megatron.platform.errors import run_command  # noqa: E402
+from samba_megatron.platform.errors import UserError, run_command  # noqa: E402
 
 BACKWARDS = ("channels", "pairs")
 KERNELS = ("fused", "mamba_ssm", "mamba_ssm with copies", "torch")
@@ -55,7 +55,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20, help="calls a median is of")
     parser.add_argument("--parts", action="store_true", help="time each CUDA kernel by itself too")
     parser.add_argument("--output", type=Path, help="folder for scan.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("backward", "chunk", "skew", "registers"):
+        if getattr(args, name) and "fused" not in args.kernels:
+            raise UserError(f"--{name} is of the fused kernel: name it in --kernels too")
+    return args
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Whole optimizer steps of this project, measured by ``tools/measure_training.py`` as any other.
+"""Whole optimizer steps of this project, measured by a command that trains recipes and reports.
 
-That command is run, not imported: it goes through the entry point of training, in processes of its
-own.
+The command is given (``tools/measure_training.py``), so that nothing here knows of tools: it goes
+through the entry point of training, in processes of its own.
 """
 
 import json
@@ -20,13 +20,12 @@ from samba_megatron.platform.findings import Finding, State
 from samba_megatron.tracking.metrics import read_metrics
 
 AREA = "step"
-_ROOT = Path(__file__).resolve().parents[2]
-_TOOL = _ROOT / "tools" / "measure_training.py"
 _DOCUMENTS, _DOCUMENT = 64, 4
 """Documents of the random tokens, and how many sequences long each is: few samples have two."""
 
 
 def measure(
+    tool: Path,
     plan: Plan,
     precisions: Sequence[str],
     folder: Path,
@@ -36,6 +35,7 @@ def measure(
     """A finding for each precision.
 
     Args:
+        tool: the command's file.
         plan: recipe, shape and steps.
         precisions: names that the command knows.
         folder: for the runs; what an earlier benchmark left in it is removed.
@@ -48,7 +48,7 @@ def measure(
     cases.write_text(json.dumps([_case(plan, precision) for precision in precisions]))  # YAML too
     data = _write_random_tokens(folder / "random", plan)
     words = [
-        *(sys.executable, str(_TOOL), "--cases", str(cases), "--steps", str(plan.steps)),
+        *(sys.executable, str(tool), "--cases", str(cases), "--steps", str(plan.steps)),
         *("--data-path", data, "--output", str(folder), "--quick"),
     ]
     if stop != float("inf"):

@@ -19,6 +19,7 @@ from samba_megatron.platform.findings import Finding, State
 from tools import benchmark
 
 ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "measure_training.py"
 TOY = {
     "hybrid_layer_pattern": "M-*-",
     "hidden_size": 32,
@@ -94,7 +95,7 @@ def test_every_operation_has_its_sizes() -> None:
 
 def test_measures_steps_as_training_takes_them(recipe, tmp_path) -> None:
     plan, said = Plan(recipe, batch=2, length=16, steps=4), list[str]()
-    (finding,) = own_step.measure(plan, ["fp32"], tmp_path / "step", math.inf, said.append)
+    (finding,) = own_step.measure(TOOL, plan, ["fp32"], tmp_path / "step", math.inf, said.append)
     assert finding.state is State.OK, finding.found
     row = finding.figures
     assert row["kernel"] == "samba_megatron, fp32" and len(row["losses"]) == 4
@@ -108,7 +109,7 @@ def test_measures_steps_as_training_takes_them(recipe, tmp_path) -> None:
 def test_a_step_that_is_left_out_and_one_that_fails_are_named(tmp_path, recipe) -> None:
     plan = Plan(recipe, length=16, steps=2)
     stop = time.monotonic() + 0.5  # no case is begun with so little
-    (finding,) = own_step.measure(plan, ["fp32"], tmp_path / "step", stop, print)
+    (finding,) = own_step.measure(TOOL, plan, ["fp32"], tmp_path / "step", stop, print)
     assert (finding.state, finding.found) == (State.OFF, "left out for --time-limit")
     row = {"error": "UserError: precision.fp8 needs a GPU"}
     finding = own_step._finding(plan, "fp8_delayed", row, tmp_path)
