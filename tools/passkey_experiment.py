@@ -7,7 +7,7 @@ Three models (recipes passkey_samba, passkey_swa, passkey_full) are trained from
 on passkeys in filler text, of which the loss counts on the keys asked for, and on real text, at
 2048 tokens, then asked for passkeys at 2048 … 65536 tokens and for the perplexity of held-out
 text. --time-limit ends all in time and keeps what there is. What stands after -- goes to the
-training commands.
+training commands. Where there are several GPUs each model has its own.
 """
 
 import argparse
@@ -80,6 +80,8 @@ def _parse() -> argparse.Namespace:
 def _prepare(arguments: argparse.Namespace) -> None:
     """Each step a command, printed as it is run."""
     output = arguments.output
+    if any((output / f"{name}.idx").exists() for name in DATASETS):
+        raise UserError(f"--output {output} has datasets already: choose another folder")
     corpus, tokenizer = output / "corpus", output / "tokenizer"
     passkeys, train = output / "passkey.jsonl", corpus / "train.jsonl"
     _call("gather_corpus.py", "--output", corpus, "--max-megabytes", arguments.max_megabytes)
@@ -120,14 +122,17 @@ def _run(arguments: argparse.Namespace) -> None:
     deadline = None if limit is None else started + limit
     models = arguments.models.split(",")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    trainings = [_start(n, _training(arguments, n), arguments.output / n) for n in models]
+    gpus = _share_gpus(models)
+    trainings = [_start(n, _training(arguments, n), arguments.output / n, gpus[n]) for n in models]
     if limit is not None:
         _ask_to_end(trainings, started + _TRAINING_SHARE * limit)
     _wait(trainings, None if limit is None else time.monotonic() + _SAVING_SECONDS)
     _say(started, "trained")
     seconds = None if deadline is None else deadline - time.monotonic() - _REPORTING_SECONDS
     evaluations = [
-        _start(suite, _evaluation(arguments, name, suite, seconds), arguments.output / name)
+        _start(
+            suite, _evaluation(arguments, name, suite, seconds), arguments.output / name, gpus[name]
+        )
         for name in models
         for suite in SUITES
         if (arguments.output / name / "checkpoints").is_dir()
@@ -187,11 +192,25 @@ def _evaluation(
     return [sys.executable, str(ROOT / "tools" / "evaluate.py"), *words]
 
 
-def _start(name: str, command: list[str], folder: Path) -> Running:
+def _share_gpus(models: list[str]) -> dict[str, dict[str, str]]:
+    """Model → what its processes have in their environment: a GPU of its own, as far as they go."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    if len(gpus) < 2:
+        return {name: {} for name in models}
+    return {
+        name: {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+        for number, name in enumerate(models)
+    }
+
+
+def _start(name: str, command: list[str], folder: Path, more: dict[str, str]) -> Running:
     print("$", *command, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log"
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **more}
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment

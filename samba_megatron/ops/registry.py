@@ -44,7 +44,6 @@ def _refuses_nothing(request: Request) -> str | None:
 
 
 _BACKENDS: dict[int, "Backend"] = {}
-_FUNCTIONS: dict[int, Callable[..., Any] | None] = {}
 _REASONS: dict[int, str | None] = {}
 """By the backend's number: torch.compile can ask for a number's kernel while it traces a call."""
 
@@ -67,6 +66,11 @@ class Backend:
     """Further limits: the reason why it cannot serve a request, or None."""
     number: int = field(default_factory=count().__next__, init=False, compare=False)
     """Counts all backends."""
+    kernel: list[Callable[..., Any] | None] = field(
+        default_factory=list, init=False, compare=False, repr=False
+    )
+    """Once loaded, the function that runs it, or None. A list of its own: torch.compile would look
+    into one that all share as it was before this kernel was loaded."""
 
     def __post_init__(self) -> None:
         _BACKENDS[self.number] = self
@@ -89,7 +93,7 @@ class Backend:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the kernel."""
-        reason, function = self.unavailable(), _FUNCTIONS[self.number]
+        reason, function = self.unavailable(), self.kernel[0]
         if function is None:
             raise RuntimeError(f"backend {self.name} is not available: {reason}")
         return function(*args, **kwargs)
@@ -97,8 +101,9 @@ class Backend:
 
 def _load(number: int) -> str | None:
     """Makes the kernel of a backend ready, or says why there is none."""
-    if number not in _FUNCTIONS:
-        _FUNCTIONS[number], _REASONS[number] = _loaded(_BACKENDS[number])
+    if number not in _REASONS:
+        kernel, _REASONS[number] = _loaded(_BACKENDS[number])
+        _BACKENDS[number].kernel.append(kernel)
     return _REASONS[number]
 
 

@@ -177,10 +177,14 @@ def leave_layout() -> None:
     if not parallel_state.model_parallel_is_initialized():
         return
     groups = set(_groups_in(list(vars(parallel_state).values()))) - {torch.distributed.group.WORLD}
+    names = {group: group.group_name for group in groups}
     parallel_state.destroy_model_parallel()
+    # Beside NCCL it destroys the gloo groups itself, and their names are gone with them.
+    left = torch.distributed.distributed_c10d._world.pg_map
     # Over NCCL it takes all ranks: in one order.
-    for group in sorted(groups, key=lambda each: each.group_name):
-        torch.distributed.destroy_process_group(group)
+    for group in sorted(groups, key=names.__getitem__):
+        if group in left:
+            torch.distributed.destroy_process_group(group)
 
 
 def _groups_in(value: Any) -> Iterator["ProcessGroup"]:

@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from samba_megatron.ops.registry import (
 )
 from samba_megatron.platform.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 CPU_FP32 = Request("cpu", torch.float32)
 
 
@@ -134,6 +136,23 @@ def test_a_compiled_function_chooses_without_a_break():
     for forced, ran in (("auto", "first"), ("second", "second")):
         assert compiled(torch.zeros(2), forced).sum() == 2
         assert operation.last_backend == ran
+
+
+def test_a_compiled_function_loads_two_kernels_while_it_is_traced():
+    """In a process that has loaded none: the second is looked up after the first."""
+    code = """
+import torch
+from samba_megatron.ops.causal_conv1d import causal_conv1d
+from samba_megatron.ops.swiglu import swiglu
+
+def mixer(x, weight):
+    return swiglu(causal_conv1d(x, weight, None, backend="torch"), backend="torch")
+
+x, weight = torch.randn(8, 2, 8), torch.randn(8, 4)
+compiled = torch.compile(mixer, fullgraph=True, backend="eager")(x, weight)
+assert torch.equal(compiled, mixer(x, weight))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_backends_of_all_operations():

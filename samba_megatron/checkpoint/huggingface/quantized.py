@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from samba_megatron.checkpoint.huggingface.loading import shipped_class
 from samba_megatron.platform.errors import UserError
 
 DESCRIPTION = "hf_quant_config.json"
@@ -53,11 +54,10 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
 
 def load_dequantized(folder: Path) -> Any:
     """The shipped class in fp32 with an export's weights; activations are not quantised."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    shipped = shipped_class(folder)
+    config = shipped.config_class.from_pretrained(folder)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+    model = shipped(config).float()
     weights = dequantized(folder)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["backbone.embeddings.weight"]

@@ -22,6 +22,7 @@ import torch
 
 from samba_megatron.checkpoint.huggingface import companions, quantized
 from samba_megatron.checkpoint.huggingface.folders import finished_at_end, require_new
+from samba_megatron.checkpoint.huggingface.loading import shipped_class
 from samba_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from samba_megatron.platform.errors import ExitWith, UserError
 from samba_megatron.platform.exits import ExitCode
@@ -145,13 +146,10 @@ def _check(options: QuantizeOptions) -> Format:
 
 
 def _load(options: QuantizeOptions) -> Any:
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, trust_remote_code=True, dtype="auto"
-    )
+    model = shipped_class(options.model).from_pretrained(options.model, dtype="auto")
     return model.to(options.device).eval()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from samba_megatron.checkpoint.huggingface import companions, quantized
+from samba_megatron.checkpoint.huggingface.loading import shipped_class
 from samba_megatron.checkpoint.huggingface.quantizing import FORMATS, KEPT
 from samba_megatron.checkpoint.huggingface.shipped.configuration_samba import SambaConfig
 from samba_megatron.checkpoint.huggingface.shipped.modeling_samba import SambaForCausalLM
@@ -166,3 +167,22 @@ def test_mistakes_are_one_sentence(model, tmp_path, monkeypatch) -> None:
         with pytest.raises(UserError, match=said):
             run(monkeypatch, model, tmp_path / "out", *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_loaded_by_its_own_code(model, monkeypatch) -> None:
+    """Also where another class goes by its name, as an imported flash-linear-attention's does."""
+    from transformers import CONFIG_MAPPING, LlamaConfig
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "samba", LlamaConfig)
+    loaded = shipped_class(model).from_pretrained(model, dtype="auto")
+    assert type(loaded).__name__ == "SambaForCausalLM"
+    assert torch.equal(
+        loaded.state_dict()["backbone.layers.0.mixer.A_log"],
+        quantized.read_tensors(model)["backbone.layers.0.mixer.A_log"],
+    )
+
+
+def test_a_folder_without_code_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="brings no code of its own"):
+        shipped_class(tmp_path)
