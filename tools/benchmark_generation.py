@@ -244,6 +244,8 @@ def _token_seconds(model: Any, position: int, batch: int, clock: _Clock) -> dict
     """Of a token for each text: ``eager`` as ``generate()`` calls it, ``graph`` without Python."""
     import torch
 
+    from samba_megatron.evaluation.writing import captured
+
     cache = _filled(model, position, batch, clock.device)
     ids = torch.randint(0, model.config.vocab_size, (batch, 1), device=clock.device)
 
@@ -255,31 +257,15 @@ def _token_seconds(model: Any, position: int, batch: int, clock: _Clock) -> dict
     found = {"eager": clock.seconds(step, _STEPS)}
     if clock.device != "cpu":
         try:
-            found["graph"] = clock.seconds(_captured(step).replay, _STEPS)
+            # A replay repeats the same step in the same slots of the cache: the same time.
+            graph = captured(step)
+            graph.replay()
+            found["graph"] = clock.seconds(graph.replay, _STEPS)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
             clock.notes.append(f"no CUDA graph: {str(error).splitlines()[0]}")
     return found
-
-
-def _captured(step: Callable[[], None]) -> Any:
-    """A CUDA graph of a step: what the device does, without the time to launch it from Python.
-
-    A replay repeats the same step in the same slots of the cache, which takes the same time.
-    """
-    import torch
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    return graph
 
 
 def _filled(model: Any, position: int, batch: int, device: str) -> Any:

@@ -1,9 +1,10 @@
-"""Continues a text with an exported model, token by token; says how fast and in how much memory.
+"""Continues a text with a trained model, token by token; says how fast and in how much memory.
 
-    generate.py --model samba-hf --prompt "def main(" --max-new-tokens 100
+    generate.py --checkpoint runs/samba/checkpoints --prompt "def main(" --max-new-tokens 100
     generate.py --model samba-hf --prompt-file story.txt --temperature 0.8 --top-p 0.95 --seed 7
 
-The model is a Hugging Face folder (convert_checkpoint.py to-hf). Without --temperature the
+The model is a checkpoint of any layout, a folder of checkpoints (its latest), or a Hugging Face
+folder. A prompt of any length is read in pieces, in the memory of one. Without --temperature the
 likeliest token is taken each time.
 """
 
@@ -18,7 +19,7 @@ from samba_megatron.platform.errors import UserError, run_command
 
 
 @dataclass(frozen=True)
-class Speed:
+class Cost:
     """What a continuation cost."""
 
     prompt_tokens: int
@@ -27,43 +28,49 @@ class Speed:
     new_tokens: int
     seconds: float
     """For all new tokens but the first."""
-    cache_bytes: int
-    """What the model remembers of the text at the end."""
+    cache_bytes: int | None
+    """What the model remembers of the text at the end; None: it does not say."""
+    device_bytes: int | None
+    """The most that was held on a GPU, the weights included."""
 
 
 def main() -> None:
     """Prints the prompt and its continuation, and a line of figures on stderr."""
     arguments = _parse()
     prompt = _prompt(arguments)
-    model, tokenizer = _load(arguments)
-    speed = _continue(model, tokenizer, prompt, arguments)
-    rate = (speed.new_tokens - 1) / speed.seconds if speed.new_tokens > 1 else 0.0
-    print(
-        f"\n{speed.prompt_tokens:,} tokens read in {speed.first_seconds:.2f} s, "
-        f"{speed.new_tokens:,} written at {rate:,.1f} tokens/s; "
-        f"the cache holds {speed.cache_bytes / 1e6:,.2f} MB",
-        file=sys.stderr,
-    )
+    device = _device(arguments.device)
+    from samba_megatron.evaluation.subject import load_subject
+
+    subject = load_subject(arguments.checkpoint, arguments.tokenizer, device, arguments.dtype)
+    _report(_continue(subject, prompt, arguments))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="exported folder")
+    add = parser.add_argument
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, help="checkpoint, or Hugging Face folder")
+    model.add_argument("--model", type=Path, dest="checkpoint", help="the same")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text to continue")
     text.add_argument("--prompt-file", type=Path, help="a file with the text")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="at most (128)")
-    parser.add_argument("--temperature", type=float, help="sample, with this temperature")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest (1.0)")
-    parser.add_argument("--seed", type=int, default=1234, help="of the sampling (1234)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    add("--tokenizer", type=Path, help="default: the one that the model names")
+    add("--max-new-tokens", type=int, default=128, help="at most (128)")
+    add("--temperature", type=float, help="sample, with this temperature")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest (1.0)")
+    add("--seed", type=int, default=1234, help="of the sampling (1234)")
+    add("--piece", type=int, default=16384, help="tokens of the prompt read at a time (16384)")
+    add("--device", default="auto", help="auto, cpu or cuda (auto)")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="default: the weights'")
+    add("--no-cuda-graph", action="store_true", help="on a GPU: Python launches each token")
     arguments = parser.parse_args()
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}: use 1 or more")
-    if arguments.temperature is not None and arguments.temperature <= 0:
+    for name in ("max_new_tokens", "piece"):
+        if getattr(arguments, name) < 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is {getattr(arguments, name)}: use 1 or more")
+    if arguments.temperature is not None and not arguments.temperature > 0:
         raise UserError("--temperature must be over 0: leave it out to take the likeliest token")
     if not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p is {arguments.top_p}: use a number over 0, 1 at most")
@@ -83,64 +90,117 @@ def _prompt(arguments: argparse.Namespace) -> str:
     return str(text)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    folder = arguments.model
-    for name in ("config.json", "tokenizer_config.json"):
-        if not (folder / name).exists():
-            raise UserError(
-                f"--model {folder} has no {name}: name a folder made by "
-                "convert_checkpoint.py to-hf (with a tokenizer)"
-            )
+def _device(wanted: str) -> str:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
-    if arguments.device.startswith("cuda") and not cuda:
-        raise UserError(f"--device {arguments.device}: this machine has no usable GPU; use cpu")
-    device = ("cuda" if cuda else "cpu") if arguments.device == "auto" else arguments.device
-    dtype = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype]
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    return model.to(device).eval(), tokenizer
+    if wanted.startswith("cuda") and not cuda:
+        raise UserError(f"--device {wanted}: this machine has no usable GPU; use cpu")
+    if wanted == "auto":
+        wanted = "cuda" if cuda else "cpu"
+    if wanted.startswith("cuda:"):
+        torch.cuda.set_device(wanted)
+    return wanted
 
 
-def _continue(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> Speed:
+def _continue(subject: Any, prompt: str, arguments: argparse.Namespace) -> Cost:
+    """Prints the text as it comes."""
     import torch
-    from transformers import TextStreamer
 
-    times: list[float] = []
+    from samba_megatron.evaluation.reading import read
+    from samba_megatron.evaluation.writing import Continuation, Sampling, as_text
 
-    class Clock(TextStreamer):
-        """Prints as tokens come, and notes when."""
-
-        def put(self, value: Any) -> None:
-            times.append(time.perf_counter())
-            super().put(value)
-
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length = inputs["input_ids"].shape[1]
-    if not length:
+    model, tokenizer = subject.model, subject.require_tokenizer()
+    ids = tokenizer.encode(prompt)
+    if not ids:
         raise UserError("the tokenizer makes no token of the prompt: give it some text")
     torch.manual_seed(arguments.seed)
-    sampling = arguments.temperature is not None
-    options = {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
-    result = model.generate(
-        **inputs,
-        max_new_tokens=arguments.max_new_tokens,
-        do_sample=sampling,
-        streamer=Clock(tokenizer, clean_up_tokenization_spaces=False),
-        return_dict_in_generate=True,
-        **(options if sampling else {}),
+    started, count = time.perf_counter(), arguments.max_new_tokens
+    progress = _Progress(len(ids), arguments.piece)
+    with torch.inference_mode():
+        tokens = torch.tensor([ids], device=model.device)
+        cache, logits = read(model, tokens, arguments.piece, progress=progress)
+    sampling = Sampling(arguments.temperature, arguments.top_p)
+    writer = Continuation(model, cache, logits, sampling, count)
+    graph = model.device.type == "cuda" and not arguments.no_cuda_graph
+    times: list[float] = []
+    ends = _ends(subject)
+
+    def written() -> Any:
+        for (token,) in writer.tokens(count, graph):
+            times.append(time.perf_counter())
+            if token in ends:
+                return
+            yield token
+
+    print(prompt, end="", flush=True)
+    for text in as_text(tokenizer, ids, written()):
+        print(text, end="", flush=True)
+    print(flush=True)
+    memory = getattr(writer.cache, "memory", None)
+    return Cost(
+        prompt_tokens=len(ids),
+        first_seconds=times[0] - started,
+        new_tokens=len(times),
+        seconds=times[-1] - times[0],
+        cache_bytes=memory() if memory else None,
+        device_bytes=torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None,
     )
-    return Speed(
-        prompt_tokens=length,
-        first_seconds=times[1] - times[0],
-        new_tokens=result.sequences.shape[1] - length,
-        seconds=times[-1] - times[1],
-        cache_bytes=result.past_key_values.memory(),
-    )
+
+
+def _ends(subject: Any) -> set[int]:
+    """Tokens after which there is nothing more."""
+    named = subject.model.generation_config.eos_token_id
+    more = named if isinstance(named, list) else [] if named is None else [named]
+    return {subject.tokenizer.eod, *more}
+
+
+class _Progress:
+    """Says on stderr how far a prompt of several pieces is read; on a terminal in one line."""
+
+    _PLAIN_SECONDS = 10.0
+
+    def __init__(self, total: int, piece: int) -> None:
+        self._total, self._long = total, total > piece
+        self._started = self._last = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, count: int) -> None:
+        """``count`` tokens are read."""
+        if not self._long:
+            return
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.monotonic()
+        if self._terminal or now - self._last >= self._PLAIN_SECONDS or count == self._total:
+            self._last = now
+            self._print(count, now - self._started)
+
+    def _print(self, count: int, seconds: float) -> None:
+        rate = count / max(seconds, 1e-9)
+        text = (
+            f"read {count:,} of {self._total:,} tokens, {rate:,.0f} tokens/s, "
+            f"{(self._total - count) / rate:.0f} s left"
+        )
+        whole = not self._terminal or count == self._total
+        start = "\r\033[K" if self._terminal else ""
+        print(start + text, end="\n" if whole else "", file=sys.stderr, flush=True)
+
+
+def _report(cost: Cost) -> None:
+    rate = (cost.new_tokens - 1) / cost.seconds if cost.new_tokens > 1 else 0.0
+    parts = [
+        f"{cost.prompt_tokens:,} tokens read, the first new one after {cost.first_seconds:.2f} s "
+        f"({cost.prompt_tokens / cost.first_seconds:,.0f} tokens/s)",
+        f"{cost.new_tokens:,} written at {rate:,.1f} tokens/s",
+    ]
+    if cost.cache_bytes is not None:
+        parts.append(f"the cache holds {cost.cache_bytes / 1e6:,.2f} MB")
+    if cost.device_bytes is not None:
+        parts.append(f"at most {cost.device_bytes / 1e9:,.2f} GB of GPU memory")
+    print("\n" + "; ".join(parts), file=sys.stderr)
 
 
 if __name__ == "__main__":

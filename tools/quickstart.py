@@ -124,7 +124,7 @@ def _parse_arguments() -> Settings:
     parser.add_argument(
         "--output", type=Path, default=Path("quickstart"), help="folder for everything (quickstart)"
     )
-    parser.add_argument("--steps", type=int, default=330, help="steps before the stop (330)")
+    parser.add_argument("--steps", type=int, default=200, help="steps before the stop (200)")
     parser.add_argument("--resume-steps", type=int, default=20, help="steps after it (20)")
     parser.add_argument(
         "--devices", type=int, help="processes (every GPU; without a GPU one a core, at most 2)"

@@ -4,7 +4,7 @@ A model of Samba's kind remembers a window of keys and a state a channel, whatev
 piece at a time needs the memory of one piece. (Attention without a window keeps all its keys.)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def continue_greedily(
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         mask = torch.arange(longest, device=model.device) >= longest - lengths[:, None]
     with torch.inference_mode():
-        cache, logits = _read(model, tokens, mask, piece)
+        cache, logits = read(model, tokens, piece, mask)
         found = [logits.argmax(-1)]
         while len(found) < new_tokens:
             mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
@@ -83,10 +83,22 @@ def continue_greedily(
     return rows
 
 
-def _read(
-    model: Any, tokens: "torch.Tensor", mask: "torch.Tensor | None", piece: int
+def read(
+    model: Any,
+    tokens: "torch.Tensor",
+    piece: int,
+    mask: "torch.Tensor | None" = None,
+    progress: "Callable[[int], object]" = lambda count: None,
 ) -> tuple[Any, "torch.Tensor"]:
-    """The caches after [b, n] tokens, and the last logits [b, vocabulary]."""
+    """The caches after [b, n] tokens, and the last logits [b, vocabulary].
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: ids.
+        piece: tokens read at a time.
+        mask: [b, n], false where a token is padding on the left.
+        progress: is told how many tokens are read, after each piece.
+    """
     cache, output = None, None
     for start in range(0, tokens.shape[1], piece):
         stop = min(start + piece, tokens.shape[1])
@@ -98,5 +110,6 @@ def _read(
             logits_to_keep=1,
         )
         cache = output.past_key_values
+        progress(stop)
     assert output is not None
     return cache, output.logits[:, -1]

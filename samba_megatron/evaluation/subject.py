@@ -71,15 +71,29 @@ def load_subject(folder: Path, tokenizer: Path | None, device: str, dtype: DType
 
 
 def _from_export(folder: Path, given: Path | None, dtype: DType) -> tuple[Any, Any, dict[str, Any]]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from samba_megatron.data.tokenizer import load_tokenizer
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, dtype=_torch_dtype(dtype) or "auto"
-    )
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            trust_remote_code=True,
+            dtype=_torch_dtype(dtype) or "auto",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{folder} cannot be loaded as a Hugging Face folder: {reason}") from error
+    if absent := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"{folder} is incomplete: its files lack {absent[0]}"
+            + (f" and {len(absent) - 1} more tensors" if len(absent) > 1 else "")
+            + "; export it again"
+        )
     has_one = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     named = given or (folder if has_one else None)
     weights = sorted(folder.glob("*.safetensors"))

@@ -16,6 +16,7 @@ from samba_megatron.checkpoint.huggingface.shipped.modeling_samba import (
     SambaForCausalLM,
     SambaHybridForCausalLM,
 )
+from samba_megatron.checkpoint.huggingface.shipped.operations_samba import _carried, _scan_in_torch
 
 VOCABULARY, WINDOW, PADDING = 64, 8, 1
 PATTERNS = {
@@ -66,6 +67,33 @@ def test_in_pieces_with_the_cache_as_in_one(name, chunks):
             pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=2e-5)
     assert cache.get_seq_length() == 30
+
+
+def scan_inputs(length: int) -> list[torch.Tensor]:
+    """Of two sequences, six channels and four states that decay slowly; the last one is a state."""
+    generator = torch.Generator().manual_seed(length)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    per_channel, per_state = (2, 6, length), (2, 4, length)
+    delta, rates = normal(*per_channel) - 6, -normal(6, 4).exp()
+    shared = [normal(*per_state), normal(*per_state), normal(6), normal(*per_channel), normal(6)]
+    return [normal(*per_channel), delta, rates, *shared, 3 * normal(2, 6, 4)]
+
+
+@pytest.mark.parametrize("length", [2, 128, 300])
+def test_a_state_is_carried_beside_a_scan_that_has_none(length):
+    """What makes a later piece of mamba-ssm's scan, which takes no state."""
+    inputs = scan_inputs(length)
+    u, delta, A, B, C, D, z, delta_bias, state = inputs
+    expected, after = _scan_in_torch(*inputs)
+    y, last = _scan_in_torch(u, delta, A, B, C, D, z, delta_bias, None)
+    more, left = _carried(state, delta, A, C, delta_bias)
+    assert (expected - y).abs().amax(dim=(0, 1))[-1] > 0.05, "a state that shows nothing"
+    y += more * torch.nn.functional.silu(z)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last + left, after, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -86,18 +86,46 @@ def selective_scan(
     Returns:
         y [b, E, L] in u's dtype, and h after the last token.
     """
-    if selective_scan_fn is not None and u.is_cuda and state is None:
-        y, last = selective_scan_fn(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True
-        )
-        return y, last.clone()
     if step_kernels is not None and state is not None and _is_next_token(u):
         token = [_rows(part.squeeze(-1)) for part in (u, delta, B, C, z)]
         state = state.contiguous()
         y = _scan_token(token, A.contiguous(), D.contiguous(), delta_bias.contiguous(), state)
         if y is not None:
             return y.unsqueeze(-1), state
+    if selective_scan_fn is not None and u.is_cuda and (state is None or u.shape[-1] > 1):
+        y, last = selective_scan_fn(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True
+        )
+        if state is None:
+            return y, last.clone()
+        more, left = _carried(state, delta, A, C, delta_bias)
+        return y + (more * F.silu(z.float())).to(y.dtype), last + left
     return _scan_in_torch(u, delta, A, B, C, D, z, delta_bias, state)
+
+
+_CARRIED = 128
+"""Tokens to which a state is carried at a time: each has a state's memory meanwhile."""
+
+
+def _carried(
+    state: Tensor, delta: Tensor, A: Tensor, C: Tensor, delta_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a state before the first token adds to those of a scan that began without.
+
+    The recurrence is linear in h: the state decays beside what the tokens bring, and mamba-ssm's
+    kernel, which takes no state, need not know of it.
+
+    Returns:
+        [b, E, L] to add to y before its gate, and what is left of the state [b, E, N]; in fp32.
+    """
+    parts = []
+    for start in range(0, delta.shape[-1], _CARRIED):
+        tokens = slice(start, start + _CARRIED)
+        steps = F.softplus(delta[:, :, tokens].float() + delta_bias[:, None]).cumsum(-1)
+        states = torch.exp(steps[..., None] * A[:, None]) * state[:, :, None]
+        parts.append((states * C[:, None, :, tokens].transpose(2, 3)).sum(-1))
+        state = states[:, :, -1]
+    return torch.cat(parts, dim=-1), state.contiguous()
 
 
 def _is_next_token(x: Tensor) -> bool:
