@@ -2,14 +2,11 @@
 
     python tools/benchmark_scan.py --output measured/scan
     python tools/benchmark_scan.py --shapes 4608x8x4096 --kernels fused mamba_ssm --parts
-    python tools/benchmark_scan.py --kernels fused --backward channels pairs --registers 0 5
 
 A shape is d_inner × batch × length. Figures are medians of single calls, timed by the device's own
 clock. "mamba_ssm" is the published kernel on the layout it wants; "mamba_ssm with copies" is what a
 model whose activations are [time, batch, channel] pays for it. GB/s counts the least that must be
-moved (inputs read once, outputs and gradients written once). --backward, --chunk, --skew and
---registers compile the fused kernels anew for each combination, to choose by; a row is named by
-their values in this order.
+moved (inputs read once, outputs and gradients written once).
 """
 
 import argparse
@@ -19,9 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from samba_megatron.platform.errors import UserError, run_command  # noqa: E402
+from samba_megatron.platform.errors import run_command  # noqa: E402
 
-BACKWARDS = ("channels", "pairs")
 KERNELS = ("fused", "mamba_ssm", "mamba_ssm with copies", "torch")
 
 
@@ -38,28 +34,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", nargs="+", help="d_inner x batch x length, as 4608x8x4096")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS[:3])
-    parser.add_argument(
-        "--backward", nargs="+", choices=BACKWARDS, help="the fused scan's backward to time"
-    )
-    parser.add_argument(
-        "--chunk", nargs="+", type=int, choices=(16, 24, 32), help="steps between its kept states"
-    )
-    parser.add_argument(
-        "--skew", nargs="+", type=int, metavar="NS", help="ns that half of its blocks start late"
-    )
-    parser.add_argument(
-        "--registers", nargs="+", type=int, metavar="0-10", help="ptxas's register usage level"
-    )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--states", type=int, default=16, help="d_state (default: 16)")
     parser.add_argument("--repeats", type=int, default=20, help="calls a median is of")
     parser.add_argument("--parts", action="store_true", help="time each CUDA kernel by itself too")
     parser.add_argument("--output", type=Path, help="folder for scan.json")
-    args = parser.parse_args()
-    for name in ("backward", "chunk", "skew", "registers"):
-        if getattr(args, name) and "fused" not in args.kernels:
-            raise UserError(f"--{name} is of the fused kernel: name it in --kernels too")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def build(variant: Variant, folder: Path) -> ctypes.CDLL:
         kernels = Path(source.__file__).parent
         parts = [
             HERE / "emulated_primitives.h",
-            *(kernels / part for part in source.parts(variant.backward)[1:]),
+            *(kernels / part for part in source.PARTS[1:]),
             HERE / "emulated_launch.h",
         ]
         text = folder / f"{name}.cpp"

@@ -207,7 +207,6 @@ DEVICE float shuffle_xor(float x, int mask) {
 
 DEVICE float load_shared_result(const float* address) { return *address; }
 DEVICE void prefetch(const void*) {}
-DEVICE void pause(int) {}
 DEVICE void raise_flag(int* flag) { *flag = 1; }
 DEVICE void await_flag(const int* flag) {
     if (*flag == 0) {

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from samba_megatron.ops.selective_scan.fused import compiler
 from samba_megatron.ops.selective_scan.fused.layout import (
-    Backward,
     BackwardArguments,
     CombineArguments,
     ForwardArguments,
@@ -58,12 +57,12 @@ def emulation_folder(tmp_path_factory):
 
 
 def emulate(
-    folder: Any, inputs: Inputs, workers: int, chunk: int = 32, softplus: bool = True, **others: Any
+    folder: Any, inputs: Inputs, workers: int, chunk: int = 32, softplus: bool = True
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Outputs and gradients by the emulated kernels, and which of them ran."""
     element = {torch.float32: 0, torch.bfloat16: 2}[inputs["u"].dtype]
     states, gated = inputs["A"].shape[1], inputs["z"] is not None
-    variant = Variant(element, states, gated, softplus, chunk, **others)
+    variant = Variant(element, states, gated, softplus, chunk)
     kernels = EmulatedKernels(variant, folder, workers)
 
     def scan(**given: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,10 +139,9 @@ def test_emulated_kernels_of_other_sizes(emulation_folder, states, chunk, worker
 
 
 @needs_compiler
-@pytest.mark.parametrize("backward", list(Backward), ids=lambda backward: backward.name)
-def test_emulated_kernels_in_bf16_and_strided(emulation_folder, backward):
+def test_emulated_kernels_in_bf16_and_strided(emulation_folder):
     inputs = strided(torch.bfloat16, "cpu", 45, 2, 70)
-    actual, _ = emulate(emulation_folder, inputs, workers=3, backward=backward)
+    actual, _ = emulate(emulation_folder, inputs, workers=3)
     expected = expected_of(strided(torch.bfloat16, "cpu", 45, 2, 70))
     assert_rounded_once(actual, expected, torch.bfloat16)
 
@@ -155,32 +153,21 @@ def test_emulated_kernels_with_pairs_at_odd_places(emulation_folder):
     expected = expected_of(inputs)
     for name in ("u", "delta", "z"):
         inputs[name] = torch.cat([inputs["B"][..., :1], inputs[name]], -1)[..., 1:]
-    actual, _ = emulate(emulation_folder, inputs, workers=3, backward=Backward.PAIRS)
+    actual, _ = emulate(emulation_folder, inputs, workers=3)
     assert_rounded_once(actual, expected, torch.bfloat16)
 
 
 @needs_compiler
-@pytest.mark.parametrize(("states", "chunk", "length"), [(16, 24, 270), (32, 32, 40)])
-def test_emulated_backwards_agree(emulation_folder, states, chunk, length):
-    inputs = to(make_inputs(length, 1, 45, states, resets=0.05), torch.float32)
-    ours, others = (
-        emulate(emulation_folder, inputs, 3, chunk, backward=backward)[0] for backward in Backward
-    )
-    assert_near(ours, others, FP32)
-
-
-@needs_compiler
-@pytest.mark.parametrize("backward", list(Backward), ids=lambda backward: backward.name)
-def test_emulated_results_lie_as_the_inputs_do(emulation_folder, backward):
+def test_emulated_results_lie_as_the_inputs_do(emulation_folder):
     """Sequences end to end in memory come out so; no bit differs."""
     side = to(make_inputs(35, 3, 22, resets=0.1), torch.float32)
     end = dict(side)
     for name in ("u", "delta", "z", "B", "C"):
         end[name] = side[name].transpose(0, 1).contiguous().transpose(0, 1)
-    results = [emulate(emulation_folder, i, workers=3, backward=backward)[0] for i in (side, end)]
+    results = [emulate(emulation_folder, i, workers=3)[0] for i in (side, end)]
     for name, expected in results[0].items():
         assert torch.equal(results[1][name], expected), name
-    kernels = EmulatedKernels(Variant(0, 16, backward=backward), emulation_folder, 3)
+    kernels = EmulatedKernels(Variant(0, 16), emulation_folder, 3)
     u = end["u"].requires_grad_()
     y, _ = fused_scan(kernels, Arguments(**end))
     (du,) = torch.autograd.grad(y.sin().sum(), u)
@@ -206,13 +193,11 @@ def test_layouts_agree(emulation_folder):
         "scan_backward": BackwardArguments,
         "reduce_projections": ReduceArguments,
     }
-    channels = Variant(0, 16, backward=Backward.CHANNELS)
     for variant in (
         Variant(0, 16),
         Variant(0, 16, chunk=16),
         Variant(0, 32),
         Variant(0, 8),
-        channels,
     ):
         library = emulated_kernels.build(variant, emulation_folder)
         for kernel, structure in structures.items():
@@ -259,14 +244,12 @@ needs_nvrtc = pytest.mark.skipif(not _has_nvrtc(), reason="needs NVRTC, which CU
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(
-    ("element", "backward"), [(0, Backward.CHANNELS), (1, Backward.PAIRS), (2, Backward.CHANNELS)]
-)
-def test_kernels_compile_without_spills_in_their_loops(element, backward):
+@pytest.mark.parametrize("element", [0, 1, 2])
+def test_kernels_compile_without_spills_in_their_loops(element):
     """The backward's few spills are constants of a piece; the others have none."""
-    variant = Variant(element, 16, backward=backward)
+    variant = Variant(element, 16)
     options = ["--gpu-architecture=sm_90", "--ptxas-options=-v", *variant.options()]
-    code, messages = compiler.compile_source(kernel_source(backward), options)
+    code, messages = compiler.compile_source(kernel_source(), options)
     assert code
     spilled: dict[str, int] = {}
     kernel = ""

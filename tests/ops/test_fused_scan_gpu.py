@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from samba_megatron.ops.selective_scan.fused import BACKEND, selective_scan_fused
-from samba_megatron.ops.selective_scan.fused.device import device_kernels
-from samba_megatron.ops.selective_scan.fused.layout import Backward
+from samba_megatron.ops.selective_scan.fused.device import DeviceKernels
+from samba_megatron.ops.selective_scan.fused.layout import SMALLEST_CHUNK, Variant
 from samba_megatron.ops.selective_scan.fused.scan import Arguments, fused_scan
 from samba_megatron.ops.selective_scan.mamba_ssm import BACKEND as MAMBA_SSM
 from samba_megatron.ops.selective_scan.torch_scan import selective_scan_torch
@@ -105,15 +105,12 @@ def test_gpu_repeats_the_same_bits(length, batch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "tunables", [{"backward": Backward.PAIRS}, {"chunk": 24}, {"skew": 5000}, {"registers": 0}]
-)
-def test_gpu_kernels_to_measure_agree(tunables):
+def test_gpu_kernels_for_little_shared_memory_agree():
     inputs = to(
         to(make_inputs(700, 8, 512, seed=_fresh_seed(), resets=0.01), "cuda"), torch.float32
     )
     expected = _on_gpu(inputs)
-    kernels = device_kernels(0, 16, True, True, inputs["u"].get_device(), **tunables)
+    kernels = DeviceKernels(Variant(0, 16, chunk=SMALLEST_CHUNK), inputs["u"].get_device())
     actual = run(
         lambda **x: fused_scan(kernels, Arguments(*(x[name] for name in Arguments._fields))),
         inputs,

@@ -1,28 +1,22 @@
 """Measures the selective scan's kernels beside one another; the work of tools/benchmark_scan.py."""
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from samba_megatron.ops.selective_scan import fused, mamba_ssm, torch_scan
-from samba_megatron.ops.selective_scan.fused.layout import Backward
-from samba_megatron.ops.selective_scan.fused.scan import ELEMENTS, Arguments, fused_scan
 from samba_megatron.platform.errors import UserError
 
 Call = Callable[[], Tensor]
 Inputs = dict[str, Any]
 """A kernel's tensors by their names."""
-Tunables = dict[str, Any]
-"""What the fused kernels are compiled for, other than the usual; see its options."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GPU_SHAPES = ("4608x8x4096", "3072x8x4096", "4608x1x32768", "4608x1x4096")
 CPU_SHAPES = ("64x2x128",)
@@ -33,8 +27,8 @@ def run_benchmark(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for shape in args.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES):
-        for kernel, tunables in calls_of(args):
-            rows += measure(kernel, tunables, shape, args, device)
+        for kernel in args.kernels:
+            rows += measure(kernel, shape, args, device)
     print(table(rows))
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -42,23 +36,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
         (args.output / "scan.json").write_text(json.dumps(report, indent=1))
 
 
-def calls_of(args: argparse.Namespace) -> list[tuple[str, Tunables]]:
-    """The kernels to measure, the fused one in every combination of the tunables that are named."""
-    names = ("backward", "chunk", "skew", "registers")
-    named = {name: getattr(args, name) for name in names if getattr(args, name)}
-    combinations = [
-        dict(zip(named, values, strict=True)) for values in itertools.product(*named.values())
-    ]
-    return [
-        (kernel, tunables)
-        for kernel in args.kernels
-        for tunables in (combinations if kernel == "fused" else [{}])
-    ]
-
-
-def measure(
-    kernel: str, tunables: Tunables, shape: str, args: argparse.Namespace, device: str
-) -> list[dict[str, Any]]:
+def measure(kernel: str, shape: str, args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """The kernel's rows of the table at one shape; a row without times if it cannot run here."""
     backend = {"fused": fused.BACKEND, "torch": torch_scan.BACKEND}.get(kernel, mamba_ssm.BACKEND)
     reason = backend.unavailable()
@@ -66,11 +44,9 @@ def measure(
         reason = "there is no CUDA device"
     if reason:
         return [{"shape": shape, "kernel": kernel, "skipped": reason}]
-    print(f"{kernel} {tunables or ''} at {shape} …", file=sys.stderr, flush=True)
+    print(f"{kernel} at {shape} …", file=sys.stderr, flush=True)
     inputs = make_inputs(shape, args.states, DTYPES[args.dtype], device)
-    make_call = partial(_fused_tuned, tunables) if tunables else CALLS[kernel]
-    call, leaves = make_call(inputs)
-    kernel = " ".join([kernel, *map(str, tunables.values())])
+    call, leaves = CALLS[kernel](inputs)
     weights = torch.randn_like(call())
 
     def differentiate(y: Tensor) -> None:
@@ -113,20 +89,6 @@ def make_inputs(shape: str, states: int, dtype: torch.dtype, device: str) -> Inp
 
 def _fused(inputs: Inputs) -> tuple[Call, Inputs]:
     return lambda: fused.selective_scan_fused(**inputs)[0], inputs
-
-
-def _fused_tuned(tunables: Tunables, inputs: Inputs) -> tuple[Call, Inputs]:
-    """Kernels other than the usual; see `fused.layout.Variant`."""
-    from samba_megatron.ops.selective_scan.fused.device import device_kernels
-
-    numbers = {
-        name: Backward[value.upper()] if name == "backward" else value
-        for name, value in tunables.items()
-    }
-    u, states = inputs["u"], inputs["A"].shape[1]
-    kernels = device_kernels(ELEMENTS[u.dtype], states, True, True, u.get_device(), **numbers)
-    arguments = Arguments(**inputs, initial_state=None, reset=None)
-    return lambda: fused_scan(kernels, arguments)[0], inputs
 
 
 def _torch(inputs: Inputs) -> tuple[Call, Inputs]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from samba_megatron.ops.cost import scan_flops
 from samba_megatron.ops.operators import define, differentiate
-from samba_megatron.ops.selective_scan.fused.device import LARGEST_CHUNK, device_kernels
+from samba_megatron.ops.selective_scan.fused.device import device_kernels
+from samba_megatron.ops.selective_scan.fused.layout import LARGEST_CHUNK
 from samba_megatron.ops.selective_scan.fused.scan import (
     ELEMENTS,
     Arguments,

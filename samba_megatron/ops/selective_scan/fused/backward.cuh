@@ -1,194 +1,65 @@
-// The backward's third phase, its way over chunks and pieces, and its kernels; see staging.cuh.
+// The backward's way over chunks and pieces, and its kernels; see lanes.cuh.
 
-// What a thread has in registers of a tile. The last step's decays are not among it: that step is
-// done both ways at once.
-struct Tile {
-    float decay[TILE - 1][4][4];
-    float h[TILE][4][4];  // before each step
-    float dC[TILE];
-    Element u[TILE], z[TILE], dy[TILE];  // of the thread's own channel
-    float2 sums[TILE / 2];
-    float dD;
-};
-
-DEVICE float gate_gradient(float dy, float y, float z) {
-    const float s = sigmoid(z);
-    return dy * y * s * multiply_add(z, 1.0f - s, 1.0f);
-}
-
-// What the outputs of a tile's steps go to, and how many of its steps there are.
-struct Target {
-    Result du, ddelta, dz;
-    int remaining;
-};
-
-template <bool FIRST>
-DEVICE float add_to(float* total, float part) {
-    if (GROUPS == 1) return part;
-    if (!FIRST) part += *total;
-    *total = part;
-    return part;
-}
-
-// After a step forward: the sum over states of y, and with it dz.
-template <bool FIRST, bool LAST>
-DEVICE void finish_forth(const Own& own, const Lane& lane, SharedOfGroups* sums,
-                         const Target& target, Tile& t, int q, int place, const float (&y)[4],
-                         const float (&dC)[4]) {
-    t.dC[q] = sum_channels(dC);
-    if (!GATED) return;
-    float own_y = add_to<FIRST>(&sums->y[place][lane.thread], sum_states(y));
-    if (!LAST) return;
-    own_y = multiply_add(own.D, to_float(t.u[q]), own_y);
-    const float dz = gate_gradient(to_float(t.dy[q]), own_y, to_float(t.z[q]));
-    write(target.dz, q, dz, q < target.remaining);
-}
-
-// After a step backward: the sums over channels of dB and dC, and over states of dx and the decay's
-// part of the step's gradient, and with these du and ddelta.
-template <bool FIRST, bool LAST>
-DEVICE void finish_back(Own& own, const Lane& lane, const SharedTile& tile, SharedOfGroups* sums,
-                        const Target& target, Tile& t, int q, int place, const float (&dx)[4],
-                        const float (&ddecay)[4], const float (&dB)[4]) {
-    // Half of the lanes finish dB, the others dC.
-    const bool has_C = lane.thread & 16;
-    const float warp_dB = sum_channels(dB);
-    const float mine = (has_C ? t.dC[q] : warp_dB) + shuffle_xor(has_C ? warp_dB : t.dC[q], 16);
-    (q % 2 == 0 ? t.sums[q / 2].x : t.sums[q / 2].y) = mine;
-    const float own_dx = add_to<FIRST>(&sums->dx[place][lane.thread], sum_states(dx));
-    const float own_ddecay = add_to<FIRST>(&sums->decay[place][lane.thread], sum_states(ddecay));
-    if (!LAST) return;
-    const float u = to_float(t.u[q]);
-    const float step = tile.step[q][lane.thread].x;
-    const float2 dy_pair = tile.dy[q / 2][lane.thread];
-    const float dy = q % 2 == 0 ? dy_pair.x : dy_pair.y;
-    float ddelta = multiply_add(own_ddecay, LN_2, own_dx * u);
-    if (SOFTPLUS) ddelta *= softplus_slope(step);
-    ddelta = q < target.remaining ? ddelta : 0.0f;
-    write(target.du, q, multiply_add(own_dx, step, dy * own.D), q < target.remaining);
-    write(target.ddelta, q, ddelta, q < target.remaining);
-    // Summed over the tile first: a quarter of the roundings of a sum over all steps.
-    t.dD = q == TILE - 1 ? dy * u : multiply_add(dy, u, t.dD);
-    if (q == 0) own.dD += t.dD;
-    own.dbias += ddelta;
-}
-
-DEVICE void ask_tile(const BackwardArguments& p, const Own& own, int batch, int begin,
-                     int remaining, Tile& t) {
-    const Column u = column(p.u, begin, batch, own.channel);
-    const Column z = column(p.z, begin, batch, own.channel);
-    const Column dy = column(p.dy, begin, batch, own.channel);
-#pragma unroll
-    for (int q = 0; q < TILE; ++q) {
-        const bool exists = q < remaining;
-        t.u[q] = read(u, q, exists);
-        if (GATED) t.z[q] = read(z, q, exists), t.dy[q] = read(dy, q, exists);
-    }
-}
-
-// Forward and back over a tile, from the states kept before it. `begin` is its first step's time, `first` that
-// step's place in the chunk.
-template <bool FIRST, bool LAST>
-DEVICE void run_tile(const BackwardArguments& p, Own& own, const Lane& lane, Slots& slots,
-                     SharedTile& tile, const KeptStates& kept, SharedOfGroups* sums, int begin,
-                     int first, int batch) {
-    Tile t;
-    Target target;
-    target.remaining = own.active ? p.plan.length - begin : 0;
-    target.du = result(p.du, begin, batch, own.channel);
-    target.ddelta = result(p.ddelta, begin, batch, own.channel);
-    target.dz = result(p.dz, begin, batch, own.channel);
-    if (LAST) ask_tile(p, own, batch, begin, target.remaining, t);
-    recall_states(kept, lane, t.h[0]);
-    float y[4], dx[4], ddecay[4], dB[4], dC[4];
-#pragma unroll
-    for (int q = 0; q < TILE - 1; ++q) {
-        const Operands o = read_operands<false>(tile, lane, q);
-        run_step<true, false>(o, slots, t, q, y, dx, ddecay, dB, dC);
-        finish_forth<FIRST, LAST>(own, lane, sums, target, t, q, first + q, y, dC);
-    }
-    const int end = TILE - 1;
-    const Operands o = read_operands<false>(tile, lane, end);
-    run_step<true, true>(o, slots, t, end, y, dx, ddecay, dB, dC);
-    finish_forth<FIRST, LAST>(own, lane, sums, target, t, end, first + end, y, dC);
-    finish_back<FIRST, LAST>(own, lane, tile, sums, target, t, end, first + end, dx, ddecay, dB);
-#pragma unroll
-    for (int q = TILE - 2; q >= 0; --q) {
-        if (q == 0) recall_states(kept, lane, t.h[0]);
-        const Operands o = read_operands<true>(tile, lane, q);
-        run_step<false, true>(o, slots, t, q, y, dx, ddecay, dB, dC);
-        finish_back<FIRST, LAST>(own, lane, tile, sums, target, t, q, first + q, dx, ddecay, dB);
-    }
-    sync_warp();  // all lanes have read dy, whose place the sums take
-#pragma unroll
-    for (int k = 0; k < TILE / 2; ++k) {
-        float2(&place)[THREADS] = GROUPS > 1 ? sums->sums[first / 2 + k] : tile.dy[k];
-        place[lane.thread] = t.sums[k];
-    }
-}
-
-// The block's sums for dB and dC of the chunk, from its warps'.
+// The block's sums for dB and dC of the chunk, from its warps'; a warp has one of each tile's steps.
 DEVICE void write_dprojections(const BackwardArguments& p, const Piece& piece, int begin,
-                               int group, const Shared& shared, const SharedOfGroups* sums) {
-    const int thread = thread_index(), lane = thread % 32;
+                               int group, const Shared& shared, const SharedOfGroups* of_groups) {
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
     const int state = group * GROUP + (lane & 3) * 4 + (lane >> 2 & 3);
-    const int column = (lane >> 4) * STATES + state;
+    const int remaining = state < STATES ? p.plan.length - begin - warp : 0;
+    const long long row =
+        (static_cast<long long>(piece.channel_block) * p.plan.length + begin + warp) *
+            p.plan.batch + piece.batch;
+    float* target = p.dprojections + row * 2 * STATES + (lane >> 4) * STATES + state;
 #pragma unroll
-    for (int k = 0; k < CHUNK / 2 / WARPS; ++k) {
-        const int pair = thread / 32 + k * WARPS;
-        const float2(&parts)[THREADS] =
-            GROUPS > 1 ? sums->sums[pair] : shared.tiles[pair * 2 / TILE].dy[pair % (TILE / 2)];
-        float first = 0.0f, second = 0.0f;
+    for (int i = 0; i < TILES; ++i) {
+        const float(&parts)[THREADS] =
+            GROUPS > 1 ? of_groups->sums[i * TILE + warp] : shared.tiles[i].dy[warp];
+        float sum = 0.0f;
 #pragma unroll
-        for (int warp = 0; warp < WARPS; ++warp) {
-            first += parts[warp * 32 + lane].x;
-            second += parts[warp * 32 + lane].y;
-        }
-        const int time = begin + 2 * pair;
-        const long long row =
-            (static_cast<long long>(piece.channel_block) * p.plan.length + time) * p.plan.batch +
-            piece.batch;
-        if (state >= STATES) continue;
-        float* target = p.dprojections + row * 2 * STATES + column;
-        if (time < p.plan.length) *target = first;
-        if (time + 1 < p.plan.length) target[p.plan.batch * 2 * STATES] = second;
+        for (int k = 0; k < WARPS; ++k) sum += parts[k * 32 + lane];
+        if (i * TILE < remaining) *target = sum;
+        target += static_cast<long long>(TILE) * p.plan.batch * 2 * STATES;
     }
 }
 
-DEVICE void prefetch_chunk(const BackwardArguments& p, int batch, const Own& own, int begin) {
+DEVICE void prefetch_chunk(const BackwardArguments& p, const Piece& piece, int begin) {
     // A lane a step: the warp's channels lie together.
-    const int lane = thread_index() % 32, time = begin + lane, channel = own.channel - lane;
-    if (time >= p.plan.length || channel < 0) return;
-    prefetch(column(p.u, time, batch, channel).data);
-    prefetch(column(p.delta, time, batch, channel).data);
-    prefetch(column(p.dy, time, batch, channel).data);
-    if (p.z.data != nullptr) prefetch(column(p.z, time, batch, channel).data);
+    const int thread = thread_index(), time = begin + thread % 32;
+    const int channel = piece.channel_block * THREADS + thread / 32 * 32;
+    if (thread % 32 >= CHUNK || time >= p.plan.length || channel >= p.plan.channels) return;
+    prefetch(column(p.u, time, piece.batch, channel).data);
+    prefetch(column(p.delta, time, piece.batch, channel).data);
+    prefetch(column(p.dy, time, piece.batch, channel).data);
+    if (GATED) prefetch(column(p.z, time, piece.batch, channel).data);
 }
 
 template <bool FIRST, bool LAST>
 DEVICE void run_group(const BackwardArguments& p, const Piece& piece, Own& own, const Lane& lane,
-                      Slots& slots, Shared& shared, SharedOfGroups* sums, int chunk, int group) {
-    const int begin = chunk * CHUNK;
+                      Slots& slots, Shared& shared, SharedOfGroups* of_groups, Source& source,
+                      Raw& raw, int chunk, int group) {
     const int first_channel = piece.channel_block * THREADS;
-    const int channels = p.plan.channels - first_channel;
+    const int channels = p.plan.channels - first_channel, warp = lane.thread / 32;
     const float* checkpoint =
         p.checkpoints + state_offset(p.plan, chunk, piece.batch, first_channel);
     float h[4][4];
     load_slots(h, checkpoint, lane, channels, group);
-    scan_chunk(shared, lane, slots, h);
+    scan_chunk<FIRST>(shared, lane, slots, own, source, raw, h);
     for (int tile = TILES - 1; tile >= 0; --tile) {
-        KeptStates& kept = shared.states[tile > 0 ? tile - 1 : 0];
+        KeptStates& kept = shared.states[tile > 0 ? tile - 1 : 0][warp];
         if (tile == 0) {
+            sync_warp();
             load_slots(h, checkpoint, lane, channels, group);
-            keep_states(kept, lane, h);
+            keep_states(kept, lane.thread % 32, h);
         }
-        run_tile<FIRST, LAST>(p, own, lane, slots, shared.tiles[tile], kept, sums,
-                              begin + tile * TILE, tile * TILE, piece.batch);
+        run_tile<FIRST, LAST>(p, own, lane, slots, shared.tiles[tile], kept,
+                              places_of(shared, of_groups, kept, tile, warp),
+                              chunk * CHUNK + tile * TILE, piece.batch);
     }
 }
 
 DEVICE void run_groups(const BackwardArguments& p, const Piece& piece, Own& own, const Lane& lane,
-                       Slots& slots, Shared& shared, SharedOfGroups* sums, int chunk) {
+                       Slots& slots, Shared& shared, SharedOfGroups* of_groups, Source& source,
+                       Raw& raw, int chunk) {
     for (int group = 0; group < GROUPS; ++group) {
         load_group(p, piece, lane, group, false, slots);
         if (group > 0) {
@@ -196,38 +67,67 @@ DEVICE void run_groups(const BackwardArguments& p, const Piece& piece, Own& own,
             sync_block();
         }
         if (group == 0) {
-            run_group<true, false>(p, piece, own, lane, slots, shared, sums, chunk, group);
+            run_group<true, false>(p, piece, own, lane, slots, shared, of_groups, source, raw,
+                                   chunk, group);
         } else if (group < GROUPS - 1) {
-            run_group<false, false>(p, piece, own, lane, slots, shared, sums, chunk, group);
+            run_group<false, false>(p, piece, own, lane, slots, shared, of_groups, source, raw,
+                                    chunk, group);
         } else {
-            run_group<false, true>(p, piece, own, lane, slots, shared, sums, chunk, group);
+            run_group<false, true>(p, piece, own, lane, slots, shared, of_groups, source, raw,
+                                   chunk, group);
         }
         keep_group(p, piece, lane, group, slots);
         sync_block();
-        write_dprojections(p, piece, chunk * CHUNK, group, shared, sums);
+        write_dprojections(p, piece, chunk * CHUNK, group, shared, of_groups);
         sync_block();
     }
 }
 
+// The number in `values` of the channel that a lane hands over or writes the sums of.
+DEVICE float pick(const Own& own, float2 values) { return own.half ? values.y : values.x; }
+
 DEVICE Own make_own(const BackwardArguments& p, const Piece& piece) {
     Own own;
-    const int channel_or_more = piece.channel_block * THREADS + thread_index();
-    own.active = channel_or_more < p.plan.channels;
-    own.channel = own.active ? channel_or_more : p.plan.channels - 1;
-    own.D = p.D != nullptr ? p.D[own.channel] : 0.0f;
-    own.bias = p.delta_bias != nullptr ? p.delta_bias[own.channel] : 0.0f;
-    own.dD = own.dbias = 0.0f;
+    const int lane = thread_index() % 32;
+    own.half = lane / 16;
+    own.first = thread_index() / 32 * 32 + lane % 16 * 2;
+    const int channel = piece.channel_block * THREADS + own.first;
+    own.active = channel < p.plan.channels;
+    own.channel = own.active ? channel : 0;
+    const int second = min(own.channel + 1, p.plan.channels - 1);
+    own.D = own.bias = make_float2(0.0f, 0.0f);
+    if (p.D != nullptr) own.D = make_float2(p.D[own.channel], p.D[second]);
+    if (p.delta_bias != nullptr) {
+        own.bias = make_float2(p.delta_bias[own.channel], p.delta_bias[second]);
+    }
+    own.dD = own.dbias = own.chunk_dD = own.chunk_dbias = make_float2(0.0f, 0.0f);
     return own;
+}
+
+// Where the sums that a lane hands over lie: one channel's dD and dbias.
+DEVICE float* carried_sums(const BackwardArguments& p, const Piece& piece) {
+    return p.carry +
+           (static_cast<long long>(piece.job) * CARRY + GROUPS * 32) * THREADS + thread_index();
+}
+
+DEVICE void resume_sums(const float* carried, Own& own) {
+    const float dD = load_shared_result(carried), dbias = load_shared_result(carried + THREADS);
+    (own.half ? own.dD.y : own.dD.x) = dD;
+    (own.half ? own.dbias.y : own.dbias.x) = dbias;
+}
+
+// A channel's sum from the two lanes that have it, to the one that writes it.
+DEVICE float gather(const Own& own, float2 sums) {
+    return pick(own, sums) + shuffle_xor(own.half ? sums.x : sums.y, 16);
 }
 
 DEVICE void end_backward_piece(const BackwardArguments& p, const Piece& piece, const Own& own,
                                const Lane& lane, const Slots& slots) {
+    const float dD = gather(own, own.dD), dbias = gather(own, own.dbias);
     if (piece.hands_over) {
         if (GROUPS == 1) keep_group(p, piece, lane, 0, slots);
-        float* carry = p.carry +
-                       (static_cast<long long>(piece.job) * CARRY + GROUPS * 32) * THREADS +
-                       lane.thread;
-        carry[0] = own.dD, carry[THREADS] = own.dbias;
+        float* carried = carried_sums(p, piece);
+        carried[0] = dD, carried[THREADS] = dbias;
         hand_over(p.flags + piece.job);
         return;
     }
@@ -240,27 +140,41 @@ DEVICE void end_backward_piece(const BackwardArguments& p, const Piece& piece, c
             write_group(p, piece, lane, group, last);
         }
     }
-    if (own.active) {
+    if (own.active && own.channel + own.half < p.plan.channels) {
         const long long row =
             (static_cast<long long>(piece.segment) * p.plan.batch + piece.batch) *
                 p.plan.channels +
-            piece.channel_block * THREADS + lane.thread;
-        p.dD[row] = own.dD, p.dbias[row] = own.dbias;
+            own.channel + own.half;
+        p.dD[row] = dD, p.dbias[row] = dbias;
     }
+}
+
+// Stages a chunk's projections and the first tile's steps, and asks for the second's.
+DEVICE void stage_chunk(const BackwardArguments& p, const Piece& piece, const Own& own,
+                        int begin, Shared& shared, Source& source, Raw& raw) {
+    source = make_source(p, piece.batch, own, begin);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) ask_step(source, k, raw);
+    stage_projections(p, piece, begin, 0, shared);
+    Staged staged;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        stage_step(own, raw, k, source.remaining > -TILE, staged);
+        ask_step(source, k, raw);
+    }
+    put_staged(own, staged, shared.tiles[0]);
+    sync_block();
 }
 
 DEVICE void run_backward_piece(const BackwardArguments& p, const Piece& piece) {
     Shared& shared = *static_cast<Shared*>(shared_base());
-    SharedOfGroups* sums = reinterpret_cast<SharedOfGroups*>(&shared + 1);
+    SharedOfGroups* of_groups = reinterpret_cast<SharedOfGroups*>(&shared + 1);
     const Lane lane = make_lane();
     Own own = make_own(p, piece);
     Slots slots;
     if (piece.continues) {
         receive(p.flags + piece.job);
-        const float* carry = p.carry +
-                             (static_cast<long long>(piece.job) * CARRY + GROUPS * 32) * THREADS +
-                             lane.thread;
-        own.dD = load_shared_result(carry), own.dbias = load_shared_result(carry + THREADS);
+        resume_sums(carried_sums(p, piece), own);
     }
     if (GROUPS == 1) load_group(p, piece, lane, 0, !piece.continues, slots);
     for (int group = 0; GROUPS > 1 && !piece.continues && group < GROUPS; ++group) {
@@ -271,18 +185,22 @@ DEVICE void run_backward_piece(const BackwardArguments& p, const Piece& piece) {
     for (int ordinal = piece.first; ordinal < piece.last; ++ordinal) {
         const int chunk = chunk_base + p.plan.segment_chunks - 1 - ordinal;
         if (chunk >= p.plan.chunks) continue;
-        stage_projections(p, piece, chunk * CHUNK, 0, shared);
-        stage_chunk(p, piece.batch, own, chunk * CHUNK, shared);
-        sync_block();
-        if (chunk > chunk_base) prefetch_chunk(p, piece.batch, own, (chunk - 1) * CHUNK);
+        Source source;
+        Raw raw;
+        stage_chunk(p, piece, own, chunk * CHUNK, shared, source, raw);
+        if (chunk > chunk_base) prefetch_chunk(p, piece, (chunk - 1) * CHUNK);
         if (GROUPS > 1) {
-            run_groups(p, piece, own, lane, slots, shared, sums, chunk);
+            run_groups(p, piece, own, lane, slots, shared, of_groups, source, raw, chunk);
         } else {
-            run_group<true, true>(p, piece, own, lane, slots, shared, sums, chunk, 0);
+            run_group<true, true>(p, piece, own, lane, slots, shared, of_groups, source, raw,
+                                  chunk, 0);
             sync_block();
-            write_dprojections(p, piece, chunk * CHUNK, 0, shared, sums);
+            write_dprojections(p, piece, chunk * CHUNK, 0, shared, of_groups);
             sync_block();
         }
+        own.dD.x += own.chunk_dD.x, own.dD.y += own.chunk_dD.y;
+        own.dbias.x += own.chunk_dbias.x, own.dbias.y += own.chunk_dbias.y;
+        own.chunk_dD = own.chunk_dbias = make_float2(0.0f, 0.0f);
     }
     end_backward_piece(p, piece, own, lane, slots);
 }
@@ -293,4 +211,26 @@ KERNEL(THREADS, GROUPS > 1 ? 1 : 2) scan_backward(const BackwardArguments p) {
     for (int job = first_job(p.plan, worker); find_piece(p.plan, worker, job, piece); ++job) {
         run_backward_piece(p, piece);
     }
+}
+
+struct ReduceArguments {
+    int tokens;
+    int channel_blocks;
+    const float* dprojections;  // [channel block, token, 2 * STATES]
+    Element *dB, *dC;           // [token, state]
+};
+
+// dB and dC from the channel blocks' parts, always in the same order; a thread a number.
+KERNEL(THREADS, 8) reduce_projections(const ReduceArguments p) {
+    const long long index = static_cast<long long>(block_index()) * THREADS + thread_index();
+    const long long count = static_cast<long long>(p.tokens) * 2 * STATES;
+    if (index >= count) return;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int block = 0; block < p.channel_blocks; ++block) {
+        sum += p.dprojections[block * count + index];
+    }
+    const int column = static_cast<int>(index % (2 * STATES));
+    Element* target = column < STATES ? p.dB : p.dC;
+    target[index / (2 * STATES) * STATES + column % STATES] = from_float(sum);
 }

@@ -4,7 +4,6 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from samba_megatron.ops.selective_scan.fused.compiler import (
     knows_architecture,
     nvrtc_version,
 )
-from samba_megatron.ops.selective_scan.fused.layout import THREADS, Variant
+from samba_megatron.ops.selective_scan.fused.layout import SMALLEST_CHUNK, THREADS, Variant
 from samba_megatron.ops.selective_scan.fused.source import kernel_source
 
 _DYNAMIC_SHARED_BYTES, _SHARED_CARVEOUT = 8, 9
@@ -24,7 +23,6 @@ _MOST_SHARED_BYTES = 97
 """Its number for the shared memory that a block can have, an attribute of the device."""
 OLDEST_MAJOR = 8
 """Compute capability from which on there are instructions for bf16."""
-LARGEST_CHUNK, SMALLEST_CHUNK = 32, 16
 
 
 @cache
@@ -61,8 +59,7 @@ class DeviceKernels:
         """
         major, minor = torch.cuda.get_device_capability(device)
         options = [f"--gpu-architecture=sm_{major}{minor}", *variant.options()]
-        source = kernel_source(variant.backward)
-        code = compiled(source, options, f"the selective scan's kernels for {variant}")
+        code = compiled(kernel_source(), options, f"the selective scan's kernels for {variant}")
         self.variant, self.device = variant, device
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._module = ctypes.c_void_p()
@@ -129,17 +126,13 @@ def _enter_context(device: int) -> None:
 
 @cache
 def device_kernels(
-    element: int, states: int, gated: bool, softplus: bool, device: int, **tunables: Any
+    element: int, states: int, gated: bool, softplus: bool, device: int
 ) -> DeviceKernels:
-    """The kernels for such calls, with the largest chunk that the GPU's shared memory holds.
-
-    Args:
-        tunables: fields of Variant, to measure others than the usual.
-    """
+    """The kernels for such calls, with the largest chunk that the GPU's shared memory holds."""
     limit = ctypes.c_int()
     result = _driver().cuDeviceGetAttribute(ctypes.byref(limit), _MOST_SHARED_BYTES, device)
     _check(result, "asking for the GPU's shared memory")
-    variant = replace(Variant(element, states, gated, softplus, LARGEST_CHUNK), **tunables)
+    variant = Variant(element, states, gated, softplus)
     if variant.shared_bytes("scan_backward") > limit.value:
         variant = replace(variant, chunk=SMALLEST_CHUNK)
     return DeviceKernels(variant, device)

@@ -1,5 +1,24 @@
-// What both backwards are made of: how 4 channels x 4 states lie on a lane, one step of the recurrence
-// and its adjoint, what is handed over between chunks, and the last sum of dB and dC.
+// The backward: how its work lies on a warp's lanes, and what a lane hands over between chunks.
+//
+// It is the adjoint, from the states saved before each chunk and from the gradient of y.
+//
+// A warp has 32 channels and GROUP states of each. For the recurrence a lane has 4 channels x 4
+// states, so that most of a sum over channels (dB, dC) or over states (y, dx, the decay's part of
+// the step's gradient) is made of multiply-adds in the lane, and the rest of a few shuffles. The
+// order of a lane's channels and states depends on the lane such that a halving exchange sends what
+// sits in the same registers on every lane: slot i of a lane is channel i ^ (lane & 3) of its four,
+// slot j is state j ^ (lane >> 2 & 3). For what is element-wise a lane has two neighbouring channels
+// and two steps of a TILE: activations move in pairs, and nothing of it lies in registers while the
+// recurrence needs them.
+//
+// A chunk goes tile by tile, forward and back. Forward, each lane turns activations into Δ, Δu and
+// dy, while the states, one tile behind, run through it and are kept before each tile. Back, from
+// the last tile to the first, the states run forward once more, now with all decays and states of
+// the tile in registers, the adjoint runs back over them, and the sums over states become the
+// gradients of the activations.
+//
+// More than 16 states are done 16 at a time, their contributions to sums over states added up in
+// shared memory.
 
 constexpr int GROUP = 16;
 constexpr int GROUPS = STATES > GROUP ? STATES / GROUP : 1;
@@ -108,46 +127,6 @@ DEVICE float sum_channels(const float (&v)[4]) {
     return even + shuffle_xor(odd, 4);
 }
 
-// A step's operands in a thread's slots
-
-struct Operands {
-    float step[4], x[4], dy[4], B[4], C[4], reset;
-};
-
-DEVICE void clear(float (&v)[4]) { v[0] = v[1] = v[2] = v[3] = 0.0f; }
-
-// One step, forward or backward or first the one and then the other.
-template <bool FORTH, bool BACK, class Steps>
-DEVICE void run_step(const Operands& o, Slots& slots, Steps& t, int q, float (&y)[4],
-                     float (&dx)[4], float (&ddecay)[4], float (&dB)[4], float (&dC)[4]) {
-    clear(y), clear(dx), clear(ddecay), clear(dB), clear(dC);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            float decay;
-            if (FORTH) {
-                decay = exp2_approx(multiply_add(o.step[i], slots.A[i][j], o.reset));
-                const float h = multiply_add(decay, t.h[q][i][j], o.x[i] * o.B[j]);
-                if (!BACK) t.decay[q][i][j] = decay, t.h[q + 1][i][j] = h;
-                y[i] = multiply_add(h, o.C[j], y[i]);
-                dC[j] = multiply_add(h, o.dy[i], dC[j]);
-            } else {
-                decay = t.decay[q][i][j];
-            }
-            if (BACK) {
-                const float dh = multiply_add(o.dy[i], o.C[j], slots.dh[i][j]);
-                dB[j] = multiply_add(dh, o.x[i], dB[j]);
-                dx[i] = multiply_add(dh, o.B[j], dx[i]);
-                slots.dh[i][j] = decay * dh;
-                const float dexponent = slots.dh[i][j] * t.h[q][i][j];
-                ddecay[i] = multiply_add(dexponent, slots.A[i][j], ddecay[i]);
-                slots.dA[i][j] = multiply_add(dexponent, o.step[i], slots.dA[i][j]);
-            }
-        }
-    }
-}
-
 // A group's A, and its dh and dA as the chunk before in this order left them.
 DEVICE void load_group(const BackwardArguments& p, const Piece& piece, const Lane& lane, int group,
                        bool begins, Slots& slots) {
@@ -202,26 +181,4 @@ DEVICE void write_group(const BackwardArguments& p, const Piece& piece, const La
         store_slots(p.dstart + state_offset(p.plan, 0, piece.batch, first_channel), slots.dh, lane,
                     channels, group);
     }
-}
-
-struct ReduceArguments {
-    int tokens;
-    int channel_blocks;
-    const float* dprojections;  // [channel block, token, 2 * STATES]
-    Element *dB, *dC;           // [token, state]
-};
-
-// dB and dC from the channel blocks' parts, always in the same order; a thread a number.
-KERNEL(THREADS, 8) reduce_projections(const ReduceArguments p) {
-    const long long index = static_cast<long long>(block_index()) * THREADS + thread_index();
-    const long long count = static_cast<long long>(p.tokens) * 2 * STATES;
-    if (index >= count) return;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int block = 0; block < p.channel_blocks; ++block) {
-        sum += p.dprojections[block * count + index];
-    }
-    const int column = static_cast<int>(index % (2 * STATES));
-    Element* target = column < STATES ? p.dB : p.dC;
-    target[index / (2 * STATES) * STATES + column % STATES] = from_float(sum);
 }

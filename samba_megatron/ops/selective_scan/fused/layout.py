@@ -6,7 +6,6 @@ The structures repeat those of the .cuh files, field by field. Nothing here need
 import ctypes
 import math
 from dataclasses import asdict, dataclass
-from enum import IntEnum
 
 THREADS = 128
 """Threads of every block, and channels that one works on."""
@@ -14,6 +13,11 @@ GROUP = 16
 """States that the backward works on at a time."""
 TILE = 4
 """Steps whose decays and states the backward has in registers at once."""
+LARGEST_CHUNK, SMALLEST_CHUNK = 32, 16
+"""Steps between two saved states: the former, unless a GPU has too little shared memory for it."""
+REGISTER_USAGE_LEVEL = 5
+"""How freely the assembler spends registers, from 0 to 10: it changes what waits for what. Both 0
+and 10 were measured to be slower."""
 LEAST_SEGMENT_CHUNKS = 4
 """A sequence is not cut into shorter segments than this."""
 
@@ -75,16 +79,6 @@ BackwardArguments = _structure(
 ReduceArguments = _structure("ReduceArguments", "tokens:int channel_blocks:int dprojections dB dC")
 
 
-class Backward(IntEnum):
-    """Which of the backward's algorithms; both keep the same of the forward, and give the same."""
-
-    CHANNELS = 0
-    """A lane has one channel's element-wise work, done as the recurrence passes: backward.cuh."""
-    PAIRS = 1
-    """A lane has two channels' of two steps, done between the recurrence's tiles, and activations
-    are staged while the states run forward: pairs_backward.cuh."""
-
-
 @dataclass(frozen=True)
 class Variant:
     """What the kernels are compiled for."""
@@ -95,13 +89,8 @@ class Variant:
     """d_state: 8, 16, 32 or 64."""
     gated: bool = True
     softplus: bool = True
-    chunk: int = 32
-    """Steps between two saved states: 16, 24 or 32."""
-    backward: Backward = Backward.CHANNELS
-    skew: int = 0
-    """Nanoseconds that half of the blocks of PAIRS start late."""
-    registers: int = 5
-    """How freely the assembler spends registers, from 0 to 10: it changes what waits for what."""
+    chunk: int = LARGEST_CHUNK
+    """Steps between two saved states."""
 
     def definitions(self) -> tuple[str, ...]:
         """Preprocessor definitions, as "NAME=value"."""
@@ -110,7 +99,7 @@ class Variant:
     def options(self) -> tuple[str, ...]:
         """The compiler's options, but for the architecture."""
         definitions = [f"-D{definition}" for definition in self.definitions()]
-        level = f"--ptxas-options=--register-usage-level={self.registers}"
+        level = f"--ptxas-options=--register-usage-level={REGISTER_USAGE_LEVEL}"
         return ("--std=c++17", level, *definitions)
 
     @property

@@ -2,8 +2,7 @@
 //
 // The tests run the same kernels on a CPU by putting another file of these names in this one's
 // place. Whoever compiles defines SCAN_ELEMENT, the activations' dtype (0 for fp32, 1 for fp16, 2
-// for bf16), SCAN_STATES, SCAN_CHUNK, and SCAN_GATED and SCAN_SOFTPLUS, 0 or 1, and
-// SCAN_SKEW.
+// for bf16), SCAN_STATES, SCAN_CHUNK, and SCAN_GATED and SCAN_SOFTPLUS, 0 or 1.
 
 #define DEVICE __device__ __forceinline__
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
@@ -211,10 +210,6 @@ DEVICE void await_flag(const int* flag) {
     do {
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
     } while (raised == 0);
-}
-
-DEVICE void pause(int nanoseconds) {
-    asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
 }
 
 DEVICE void fence_device() { __threadfence(); }

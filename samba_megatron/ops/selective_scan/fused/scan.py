@@ -20,7 +20,6 @@ from samba_megatron.ops.registry import CUDA_ONLY, FLOAT_DTYPES, Backend, Reques
 from samba_megatron.ops.selective_scan.carry import Carry
 from samba_megatron.ops.selective_scan.fused.layout import (
     THREADS,
-    Backward,
     BackwardArguments,
     CombineArguments,
     ForwardArguments,
@@ -291,10 +290,8 @@ def run_backward(
     if plan.segments > 1 or carry is not None:
         kernel = "scan_adjoint_segments"
         dend = _run_segments(kernels, kernel, division, a, dy, a.C, dfinal, carry)
-    in_pairs = variant.backward == Backward.PAIRS
-    if in_pairs:
-        a, dy = _paired(a), _in_pairs(dy)
-    width = channels + channels % 2 if in_pairs else channels
+    a, dy = _paired(a), _in_pairs(dy)
+    width = channels + channels % 2
     du, ddelta = (empty_in_order(dy, width)[..., :channels] for _ in range(2))
     dz = None if a.z is None else empty_in_order(dy, width)[..., :channels]
     dprojections = _floats(dy, plan.channel_blocks, length, batch, 2 * variant.states)
@@ -345,6 +342,7 @@ def _dense(padded: Tensor) -> Tensor:
 
 
 def _paired(a: Arguments) -> Arguments:
+    """The arguments with activations whose channels the backward can read two at a time."""
     z = None if a.z is None else _in_pairs(a.z)
     return a._replace(u=_in_pairs(a.u), delta=_in_pairs(a.delta), z=z)
 

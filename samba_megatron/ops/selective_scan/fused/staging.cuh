@@ -1,154 +1,162 @@
-// The backward: its layout, and the first two of its phases.
-//
-// It is the adjoint, from the states saved before each chunk and from the gradient of y.
-//
-// A warp has 32 channels and GROUP states of each. For what is element-wise a lane owns one channel;
-// for the recurrence it has 4 channels x 4 states, so that most of a sum over channels (dB, dC) or
-// over states (y, dx, the decay's part of the step's gradient) is made of multiply-adds in the
-// lane, and the rest of a few shuffles. The order of a lane's channels and states depends on the
-// lane such that a halving exchange sends what sits in the same registers on every lane: slot i of
-// a lane is channel i ^ (lane & 3) of its four, slot j is state j ^ (lane >> 2 & 3).
-//
-// A chunk goes in three phases: (0) each lane turns its channel's activations into Δ, Δu and dy;
-// (1) the states run forward and are kept before each TILE of steps; (2) from the last tile to the
-// first the states run forward once more, now with all decays and states of the tile in registers,
-// and then the adjoint runs back over them.
-//
-// More than 16 states are done 16 at a time, their contributions to sums over states added up in
-// shared memory.
+// The backward's shared memory, and what runs forward over a chunk; see lanes.cuh.
 
-constexpr int BATCH_LOADS = 8;  // steps whose activations are asked for at once
-
-// What phase 0 leaves of a tile's steps.
+// What a tile's steps are for the recurrence.
 struct SharedTile {
     float2 step[TILE][THREADS];       // Δ and Δu
-    float2 dy[TILE / 2][THREADS];     // of two steps; later the warps' sums for dB and dC
+    float dy[TILE][THREADS];          // later the warps' sums for dB and dC
     float4 projections[TILE][2 * 8];  // B, B, C, C of two states; then of states n ^ 1
     float reset[TILE];
 };
 
+// A warp's states before a tile, by its lanes' slots.
+typedef float4 KeptStates[4][32];
+
+// A warp's sums over states of a tile: two steps a float2, a column a channel.
+struct OwnSums {
+    float2 y[TILE / 2][32], dx[TILE / 2][32], decay[TILE / 2][32];
+};
+
 struct Shared {
-    float4 states[TILES - 1][4][THREADS];  // before each tile but the first, by a thread's slots;
-                                           // at last those before the first in the second's place
+    // Before each tile but the first; at last those before the first in the second's place. Where
+    // a tile's states were, its OwnSums are then.
+    KeptStates states[TILES - 1][WARPS];
     SharedTile tiles[TILES];
 };
 
 // What more than one group of states needs besides.
 struct SharedOfGroups {
-    float2 sums[CHUNK / 2][THREADS];  // in dy's place for dB and dC
-    float y[CHUNK][THREADS];
-    float dx[CHUNK][THREADS];
-    float decay[CHUNK][THREADS];
+    float sums[CHUNK][THREADS];  // in dy's place for dB and dC
+    OwnSums own[TILES][WARPS];
 };
 
-// One thread's own channel.
+// A lane's own two channels, and which two steps of a tile it does of them.
 struct Own {
-    int channel;
-    bool active;
-    float D, bias, dD, dbias;
+    int first;    // the first one's number in the block
+    int channel;  // and in all
+    bool active;  // whether it is there
+    int half;     // the tile's first two steps, or the others
+    float2 D, bias;
+    float2 dD, dbias;              // over all chunks before
+    float2 chunk_dD, chunk_dbias;  // over this one: fewer roundings than in one sum
 };
 
-// Phase 0
+// Staging
 
+// The activations of a lane's two steps of a tile, as they lie in memory.
 struct Raw {
-    Element u[BATCH_LOADS], delta[BATCH_LOADS], z[BATCH_LOADS], dy[BATCH_LOADS];
+    Pair u[2], delta[2], z[2], dy[2];
 };
 
-DEVICE void ask_batch(const BackwardArguments& p, int batch, const Own& own, int begin, Raw& raw) {
-    const int remaining = own.active ? p.plan.length - begin : 0;
-    const Column u = column(p.u, begin, batch, own.channel);
-    const Column delta = column(p.delta, begin, batch, own.channel);
-    const Column dy = column(p.dy, begin, batch, own.channel);
-    const Column z = column(p.z, begin, batch, own.channel);
+// Where a lane's next step lies in each tensor.
+struct Source {
+    Column u, delta, z, dy;
+    int remaining;  // the chunk's steps from it on; for a channel that is not there, none
+};
+
+DEVICE Source make_source(const BackwardArguments& p, int batch, const Own& own, int begin) {
+    const int time = begin + 2 * own.half;
+    Source s;
+    s.u = column(p.u, time, batch, own.channel);
+    s.delta = column(p.delta, time, batch, own.channel);
+    s.z = column(p.z, time, batch, own.channel);
+    s.dy = column(p.dy, time, batch, own.channel);
+    s.remaining = own.active ? min(p.plan.length, begin + CHUNK) - time : -CHUNK;
+    return s;
+}
+
+DEVICE void advance(Source& s, int steps) {
+    advance(s.u, steps), advance(s.delta, steps), advance(s.dy, steps);
+    if (GATED) advance(s.z, steps);
+    s.remaining -= steps;
+}
+
+// Asks for one of a tile's two steps and goes on to the next.
+DEVICE void ask_step(Source& s, int k, Raw& raw) {
+    const bool exists = s.remaining > 0;
+    raw.u[k] = load_pair_if(s.u.data, exists);
+    raw.delta[k] = load_pair_if(s.delta.data, exists);
+    raw.dy[k] = load_pair_if(s.dy.data, exists);
+    if (GATED) raw.z[k] = load_pair_if(s.z.data, exists);
+    advance(s, k == 0 ? 1 : TILE - 1);
+}
+
+// A step that does not exist has a Δ and a dy of zero: it changes nothing.
+DEVICE float2 stage_one(float u, float delta, float z, float& dy, float bias, bool exists) {
+    float step = delta + bias;
+    if (SOFTPLUS) step = softplus(step);
+    step = exists ? step : 0.0f;
+    if (GATED) dy *= z * sigmoid(z);
+    return make_float2(step, step * u);
+}
+
+// A lane's steps of a tile as they are staged: Δ and Δu of one channel and the other; dy.
+struct Staged {
+    float4 step[2];
+    float2 dy[2];
+};
+
+DEVICE void stage_step(const Own& own, const Raw& raw, int k, bool exists, Staged& staged) {
+    const float2 u = to_floats(raw.u[k]), delta = to_floats(raw.delta[k]);
+    const float2 z = GATED ? to_floats(raw.z[k]) : make_float2(0.0f, 0.0f);
+    float2 dy = to_floats(raw.dy[k]);
+    const float2 first = stage_one(u.x, delta.x, z.x, dy.x, own.bias.x, exists);
+    const float2 second = stage_one(u.y, delta.y, z.y, dy.y, own.bias.y, exists);
+    staged.step[k] = make_float4(first.x, first.y, second.x, second.y);
+    staged.dy[k] = dy;
+}
+
+DEVICE void put_staged(const Own& own, const Staged& staged, SharedTile& tile) {
 #pragma unroll
-    for (int k = 0; k < BATCH_LOADS; ++k) {
-        const bool exists = k < remaining;
-        raw.u[k] = read(u, k, exists);
-        raw.delta[k] = read(delta, k, exists);
-        raw.dy[k] = read(dy, k, exists);
-        if (GATED) raw.z[k] = read(z, k, exists);
+    for (int k = 0; k < 2; ++k) {
+        const int q = 2 * own.half + k;
+        *reinterpret_cast<float4*>(&tile.step[q][own.first]) = staged.step[k];
+        *reinterpret_cast<float2*>(&tile.dy[q][own.first]) = staged.dy[k];
     }
 }
 
-DEVICE void stage_batch(const BackwardArguments& p, const Own& own, int begin, const Raw& raw,
-                        Shared& shared) {
-    const int thread = thread_index();
-    const int remaining = own.active ? p.plan.length - begin : 0;
-    float dy[2];
-#pragma unroll
-    for (int k = 0; k < BATCH_LOADS; ++k) {
-        const int place = begin % CHUNK + k;
-        float step = to_float(raw.delta[k]) + own.bias;
-        if (SOFTPLUS) step = softplus(step);
-        step = k < remaining ? step : 0.0f;  // and u and dy are zero: nothing changes
-        const float x = step * to_float(raw.u[k]);
-        dy[k % 2] = to_float(raw.dy[k]);
-        if (GATED) {
-            const float z = to_float(raw.z[k]);
-            dy[k % 2] *= z * sigmoid(z);
-        }
-        SharedTile& tile = shared.tiles[place / TILE];
-        tile.step[k % TILE][thread] = make_float2(step, x);
-        if (k % 2 == 1) tile.dy[k % TILE / 2][thread] = make_float2(dy[0], dy[1]);
-    }
-}
-
-DEVICE void stage_chunk(const BackwardArguments& p, int batch, const Own& own, int begin,
-                        Shared& shared) {
-    Raw raw[2];
-    ask_batch(p, batch, own, begin, raw[0]);
-#pragma unroll
-    for (int k = 0; k < CHUNK / BATCH_LOADS; ++k) {
-        if (k + 1 < CHUNK / BATCH_LOADS) {
-            ask_batch(p, batch, own, begin + (k + 1) * BATCH_LOADS, raw[(k + 1) % 2]);
-        }
-        stage_batch(p, own, begin + k * BATCH_LOADS, raw[k % 2], shared);
-    }
-}
-
-// One group's B and C of the chunk, and the resets.
+// One group's B and C of the chunk, and the resets. A lane has one of both's columns, a warp one of
+// each tile's steps.
 DEVICE void stage_projections(const BackwardArguments& p, const Piece& piece, int begin,
                               int group, Shared& shared) {
-    constexpr int loads = CHUNK * 2 * GROUP / THREADS;
-    const int thread = thread_index();
-    float values[loads];
+    static_assert(TILE == WARPS && 2 * GROUP == 32, "a warp a step, a lane a column");
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
+    const bool is_C = lane >= GROUP;
+    const int place = lane % GROUP, state = group * GROUP + place;
+    const Column from = column(is_C ? p.C : p.B, begin + warp, piece.batch, state);
+    const int remaining = state < STATES ? p.plan.length - begin - warp : 0;
+    float values[TILES];
 #pragma unroll
-    for (int i = 0; i < loads; ++i) {
-        const int index = i * THREADS + thread;
-        const int time = begin + index / (2 * GROUP);
-        const int place = index % (2 * GROUP);
-        const int state = group * GROUP + place % GROUP;
-        const Strided& source = place < GROUP ? p.B : p.C;
-        const bool exists = time < p.plan.length && state < STATES;
-        values[i] = to_float(read(column(source, time, piece.batch, state), 0, exists));
+    for (int i = 0; i < TILES; ++i) {
+        values[i] = to_float(read(from, i * TILE, i * TILE < remaining));
     }
+    const int pair = place / 2 * 4 + is_C * 2, odd = place & 1;
 #pragma unroll
-    for (int i = 0; i < loads; ++i) {
-        const int index = i * THREADS + thread;
-        const int place = index % (2 * GROUP), state = place % GROUP;
-        const int step = index / (2 * GROUP);
-        float* pairs =
-            reinterpret_cast<float*>(shared.tiles[step / TILE].projections[step % TILE]);
-        const int C_half = place < GROUP ? 0 : 2;
-        pairs[state / 2 * 4 + C_half + (state & 1)] = values[i];
-        pairs[32 + state / 2 * 4 + C_half + (state & 1 ^ 1)] = values[i];
+    for (int i = 0; i < TILES; ++i) {
+        float* row = reinterpret_cast<float*>(shared.tiles[i].projections[warp]);
+        row[pair + odd] = row[32 + pair + (odd ^ 1)] = values[i];
     }
-    if (thread < CHUNK) {
-        shared.tiles[thread / TILE].reset[thread % TILE] =
-            reset_exponent(p.reset, p.plan, begin + thread, piece.batch);
+    if (thread_index() < CHUNK) {
+        const int step = thread_index();
+        shared.tiles[step / TILE].reset[step % TILE] =
+            reset_exponent(p.reset, p.plan, begin + step, piece.batch);
     }
 }
+
+// A step's operands in a lane's slots.
+struct Operands {
+    float step[4], x[4], dy[4], B[4], C[4], reset;
+};
 
 template <bool AGAIN>
 DEVICE Operands read_operands(const SharedTile& tile, const Lane& lane, int q) {
     Operands o;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const float2 &at_step = tile.step[q][lane.place[i]], &at_dy = tile.dy[q / 2][lane.place[i]];
+        const float2& at_step = tile.step[q][lane.place[i]];
+        const float& at_dy = tile.dy[q][lane.place[i]];
         const float2 step = AGAIN ? read_again(at_step) : at_step;
-        const float2 dy = AGAIN ? read_again(at_dy) : at_dy;
         o.step[i] = step.x, o.x[i] = step.y;
-        o.dy[i] = q % 2 == 0 ? dy.x : dy.y;
+        o.dy[i] = AGAIN ? read_again(at_dy) : at_dy;
     }
     const float4 &at_low = tile.projections[q][lane.low], &at_high = tile.projections[q][lane.high];
     const float4 low = AGAIN ? read_again(at_low) : at_low;
@@ -159,40 +167,57 @@ DEVICE Operands read_operands(const SharedTile& tile, const Lane& lane, int q) {
     return o;
 }
 
-// Phase 1
+// Forward over a chunk
 
-typedef float4 KeptStates[4][THREADS];
-
-DEVICE void keep_states(KeptStates& kept, const Lane& lane, const float (&h)[4][4]) {
+DEVICE void keep_states(KeptStates& kept, int lane, const float (&h)[4][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        kept[i][lane.thread] = make_float4(h[i][0], h[i][1], h[i][2], h[i][3]);
+        kept[i][lane] = make_float4(h[i][0], h[i][1], h[i][2], h[i][3]);
     }
 }
 
-DEVICE void recall_states(const KeptStates& kept, const Lane& lane, float (&h)[4][4]) {
+DEVICE void recall_states(const KeptStates& kept, int lane, float (&h)[4][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const float4 v = read_again(kept[i][lane.thread]);
+        const float4 v = read_again(kept[i][lane]);
         h[i][0] = v.x, h[i][1] = v.y, h[i][2] = v.z, h[i][3] = v.w;
     }
 }
 
-DEVICE void scan_chunk(Shared& shared, const Lane& lane, const Slots& slots, float (&h)[4][4]) {
+DEVICE void scan_step(const SharedTile& tile, const Lane& lane, const Slots& slots, int q,
+                      float (&h)[4][4]) {
+    const Operands o = read_operands<false>(tile, lane, q);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float decay = exp2_approx(multiply_add(o.step[i], slots.A[i][j], o.reset));
+            h[i][j] = multiply_add(decay, h[i][j], o.x[i] * o.B[j]);
+        }
+    }
+}
+
+// Keeps the states before each tile; and, if STAGE, stages each tile while the tile before it is
+// scanned: one waits for exponentials, the other for memory. `raw` holds the second tile's
+// activations, of which `source` is one tile ahead.
+template <bool STAGE>
+DEVICE void scan_chunk(Shared& shared, const Lane& lane, const Slots& slots, const Own& own,
+                       Source& source, Raw& raw, float (&h)[4][4]) {
+    const int warp = lane.thread / 32;
     for (int tile = 1; tile < TILES; ++tile) {
+        Staged staged;
 #pragma unroll
         for (int q = 0; q < TILE; ++q) {
-            const Operands o = read_operands<false>(shared.tiles[tile - 1], lane, q);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float decay =
-                        exp2_approx(multiply_add(o.step[i], slots.A[i][j], o.reset));
-                    h[i][j] = multiply_add(decay, h[i][j], o.x[i] * o.B[j]);
-                }
+            if (STAGE && q % 2 == 0) {
+                // The source is past this step by one tile.
+                const bool exists = source.remaining > -TILE;
+                stage_step(own, raw, q / 2, exists, staged);
+                ask_step(source, q / 2, raw);
             }
+            scan_step(shared.tiles[tile - 1], lane, slots, q, h);
         }
-        keep_states(shared.states[tile - 1], lane, h);
+        if (STAGE) put_staged(own, staged, shared.tiles[tile]);
+        keep_states(shared.states[tile - 1][warp], lane.thread % 32, h);
+        if (STAGE) sync_warp();
     }
 }

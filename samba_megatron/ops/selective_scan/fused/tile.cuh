@@ -1,5 +1,4 @@
-// The backward by pairs of channels: forward and back over a tile, and the gradients of its
-// activations; see pairs_staging.cuh.
+// The backward over a tile: forward and back, and the gradients of its activations; see lanes.cuh.
 
 // What a lane has in registers of a tile. The last step's decays are not among it: that step is
 // done both ways at once.
@@ -10,6 +9,40 @@ struct Tile {
     // Of one channel; the sums for dB on half of the lanes, for dC on the others.
     float y[TILE], dx[TILE], ddecay[TILE], sums[TILE];
 };
+
+DEVICE void clear(float (&v)[4]) { v[0] = v[1] = v[2] = v[3] = 0.0f; }
+
+// One step, forward or backward or first the one and then the other.
+template <bool FORTH, bool BACK>
+DEVICE void run_step(const Operands& o, Slots& slots, Tile& t, int q, float (&y)[4],
+                     float (&dx)[4], float (&ddecay)[4], float (&dB)[4], float (&dC)[4]) {
+    clear(y), clear(dx), clear(ddecay), clear(dB), clear(dC);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float decay;
+            if (FORTH) {
+                decay = exp2_approx(multiply_add(o.step[i], slots.A[i][j], o.reset));
+                const float h = multiply_add(decay, t.h[q][i][j], o.x[i] * o.B[j]);
+                if (!BACK) t.decay[q][i][j] = decay, t.h[q + 1][i][j] = h;
+                y[i] = multiply_add(h, o.C[j], y[i]);
+                dC[j] = multiply_add(h, o.dy[i], dC[j]);
+            } else {
+                decay = t.decay[q][i][j];
+            }
+            if (BACK) {
+                const float dh = multiply_add(o.dy[i], o.C[j], slots.dh[i][j]);
+                dB[j] = multiply_add(dh, o.x[i], dB[j]);
+                dx[i] = multiply_add(dh, o.B[j], dx[i]);
+                slots.dh[i][j] = decay * dh;
+                const float dexponent = slots.dh[i][j] * t.h[q][i][j];
+                ddecay[i] = multiply_add(dexponent, slots.A[i][j], ddecay[i]);
+                slots.dA[i][j] = multiply_add(dexponent, o.step[i], slots.dA[i][j]);
+            }
+        }
+    }
+}
 
 // After a step forward: the sums over states of y, and over channels of dC.
 DEVICE void finish_forth(Tile& t, int q, const float (&y)[4], const float (&dC)[4]) {
