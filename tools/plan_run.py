@@ -53,6 +53,8 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{config.name} on {arguments.gpus} {gpu.name}\n", markup=False)
     console.print(report.ranking(plans))
+    if has_another_head(plans[0], config):
+        console.print("\nall with kernels.cross_entropy chunked: none fits without", markup=False)
     console.print(f"\nthe recipe as it is: {as_it_is(config, arguments.gpus, gpu)}", markup=False)
     console.print(report.best(plans[0], tokens, rate))
     command = report.submit_command(plans[0], config, words, tokens)
@@ -126,6 +128,11 @@ def as_it_is(config: RunConfig, gpus: int, gpu: "Gpu") -> str:
     return f"{own.time.total:.3f} s a step, MFU {100 * own.mfu:.1f} %, {size}"
 
 
+def has_another_head(plan: "Plan", config: RunConfig) -> bool:
+    """Whether the search had to change the head that the configuration names."""
+    return plan.layout.config.kernels.cross_entropy != config.kernels.cross_entropy
+
+
 def does_not_fit(nearest: "Plan") -> str:
     """What comes nearest, and what it lacks."""
     from samba_megatron.planning import plan, report
@@ -135,7 +142,8 @@ def does_not_fit(nearest: "Plan") -> str:
     return (
         f"no layout fits {layout.world_size} {nearest.gpu.name}: the nearest (TP {layout.tensor}, "
         f"CP {layout.context}, PP {layout.pipeline}, micro-batch "
-        f"{layout.config.training.micro_batch_size}, recomputing {report.recomputation(nearest)}) "
+        f"{layout.config.training.micro_batch_size}, recomputing {report.recomputation(nearest)}, "
+        f"kernels.cross_entropy {layout.config.kernels.cross_entropy}) "
         f"needs {needed / 2**30:.1f} GiB of {usable / 2**30:.1f}, {(needed - usable) / 2**30:.1f} "
         "too much: use more GPUs, larger ones, or a shorter data.sequence_length"
     )

@@ -1,5 +1,6 @@
 """How a run is laid over its devices, in numbers: what memory and time are computed from."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -87,25 +88,27 @@ class Layout:
             stage :: self.pipeline
         ]
 
+    def _counts(self, stage: int) -> Counter[str]:
+        """How many layers of each kind a stage has."""
+        return Counter("".join(self.chunks(stage)))
+
     def layer_parameters(self, stage: int) -> int:
         """Parameters of a stage's layers on one rank; what tensor parallelism does not split is
         counted whole."""
         model = self.config.model
-        return sum(
-            (KINDS[symbol].parameters(model) - (whole := KINDS[symbol].unsplit_parameters(model)))
-            // self.tensor
-            + whole
-            for chunk in self.chunks(stage)
-            for symbol in chunk
-        )
+        total = 0
+        for symbol, count in self._counts(stage).items():
+            whole = KINDS[symbol].unsplit_parameters(model)
+            split = (KINDS[symbol].parameters(model) - whole) // self.tensor
+            total += count * (split + whole)
+        return total
 
     def fp32_parameters(self, stage: int) -> int:
         """Those of :meth:`layer_parameters` that are fp32 in a bf16 model."""
         model = self.config.model
         return sum(
-            KINDS[symbol].fp32_parameters(model) // self.tensor
-            for chunk in self.chunks(stage)
-            for symbol in chunk
+            count * (KINDS[symbol].fp32_parameters(model) // self.tensor)
+            for symbol, count in self._counts(stage).items()
         )
 
     def parameters(self, stage: int) -> int:

@@ -31,12 +31,9 @@ _VIRTUAL = (2, 3, 4, 8)
 _CONTEXT = (1, 2, 4, 8)
 _LEAST_PART = 4096
 """Context parallelism is not proposed for shorter parts of a sequence: it would only send more."""
-_RECOMPUTE: tuple[dict[str, Any], ...] = (
-    {"recompute_granularity": None},
-    {"recompute_granularity": "selective", "recompute_modules": ["mamba"]},
-    {"recompute_granularity": "selective", "recompute_modules": ["mamba", "mlp"]},
-    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-)
+CHEAP_PARTS = ("mlp_act", "conv1d", "dt_proj", "layernorm")
+"""Of ``recompute_modules``, results within layers that are proposed together, as they cost next to
+nothing to compute again."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +104,20 @@ def search(config: RunConfig, gpus: int, gpu: Gpu) -> list[Plan]:
     """All legal layouts, those that fit before the others, the fastest first.
 
     Layouts differ in tensor (within a node), pipeline, virtual and context parallelism, micro-batch
-    and recomputation; model, data, precision and batch are the configuration's.
+    and recomputation; model, data, precision and batch are the configuration's. Of those that
+    differ in recomputation alone, one that another beats in memory and time is left out. Where
+    nothing fits they are there with the chunked head too, unless the configuration names another.
 
     Raises:
         UserError: there is none.
     """
     _check_count(config, gpus, gpu)
-    found = [judge(proposal, gpus, gpu) for proposal in _legal(config, gpus, gpu)]
+    found = _judged(config, gpus, gpu)
     if not found:
         raise UserError(_why_none(config, gpus, gpu))
+    if config.kernels.cross_entropy == "auto" and not any(plan.fits for plan in found):
+        kernels = dataclasses.replace(config.kernels, cross_entropy="chunked")
+        found += _judged(dataclasses.replace(config, kernels=kernels), gpus, gpu)
     return sorted(
         found,
         key=lambda plan: (
@@ -123,6 +125,24 @@ def search(config: RunConfig, gpus: int, gpu: Gpu) -> list[Plan]:
             plan.time.total if plan.fits else plan.memory.total_bytes,
         ),
     )
+
+
+def _judged(config: RunConfig, gpus: int, gpu: Gpu) -> list[Plan]:
+    """Every legal layout with each recomputation that is worth it."""
+    return [
+        plan
+        for candidates in _legal(config, gpus, gpu)
+        for plan in _worth_it([judge(candidate, gpus, gpu) for candidate in candidates])
+    ]
+
+
+def _worth_it(plans: list[Plan]) -> list[Plan]:
+    """Those that no other one equals in both memory and time, fastest first."""
+    kept: list[Plan] = []
+    for plan in sorted(plans, key=lambda each: (each.time.total, each.memory.total_bytes)):
+        if not kept or plan.memory.total_bytes < kept[-1].memory.total_bytes:
+            kept.append(plan)
+    return kept
 
 
 def _check_count(config: RunConfig, gpus: int, gpu: Gpu) -> None:
@@ -142,15 +162,41 @@ def _check_count(config: RunConfig, gpus: int, gpu: Gpu) -> None:
         )
 
 
-def _legal(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
-    """The proposals that the rules let pass."""
+def _legal(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[list[RunConfig]]:
+    """The proposals that the rules let pass, each with every recomputation that they let pass."""
+    choices = _recomputations(config)
     for proposal in _proposals(config, gpus, gpu):
         if not problems(proposal, gpus):
-            for recompute in _RECOMPUTE:
-                candidate = with_fields(proposal, recompute)
-                situation = Situation(candidate, gpus, "cuda", None, None)
-                if not [*recomputation(situation), *sequence_pieces(situation)]:
-                    yield candidate
+            candidates = [with_fields(proposal, choice) for choice in choices]
+            yield [
+                candidate
+                for candidate in candidates
+                if not [*sequence_pieces(Situation(candidate, gpus, "cuda", None, None))]
+            ]
+
+
+def _recomputations(config: RunConfig) -> list[dict[str, Any]]:
+    """Fields of ``parallel``: nothing, results within layers, layers; no name that this model or
+    its precision has no use for."""
+
+    def is_legal(fields: dict[str, Any]) -> bool:
+        situation = Situation(with_fields(config, fields), 1, "cuda", None, None)
+        return not [*recomputation(situation)]
+
+    cheap = [name for name in CHEAP_PARTS if is_legal(_selective(name))]
+    choices = [
+        {"recompute_granularity": None},
+        _selective(*cheap),
+        _selective(*cheap, "scan"),
+        _selective("mamba"),
+        _selective("mamba", "mlp"),
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ]
+    return [choice for choice in choices if is_legal(choice)]
+
+
+def _selective(*names: str) -> dict[str, Any]:
+    return {"recompute_granularity": "selective", "recompute_modules": list(names)}
 
 
 def problems(config: RunConfig, gpus: int) -> list[str]:

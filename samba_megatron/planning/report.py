@@ -11,7 +11,7 @@ from rich.text import Text
 
 from samba_megatron.config import RunConfig
 from samba_megatron.config.units import format_tokens
-from samba_megatron.planning.plan import USABLE, Plan
+from samba_megatron.planning.plan import CHEAP_PARTS, USABLE, Plan
 from samba_megatron.tracking.numbers import format_count
 
 GIB = 2**30
@@ -21,7 +21,7 @@ def overrides(plan: Plan, recipe: RunConfig) -> list[str]:
     """The options that make a recipe the plan."""
     words = []
     config = plan.layout.config
-    for group in ("parallel", "training"):
+    for group in ("parallel", "training", "kernels"):
         before, after = getattr(recipe, group), getattr(config, group)
         for field in dataclasses.fields(after):
             value = getattr(after, field.name)
@@ -87,6 +87,10 @@ def record(plan: Plan, tokens: int, write_rate: float) -> dict[str, Any]:
         "micro_batch_size": layout.config.training.micro_batch_size,
         "micro_batches": layout.micro_batches,
         "recompute": recomputation(plan),
+        "recompute_modules": parallel.recompute_modules
+        if parallel.recompute_granularity == "selective"
+        else [],
+        "cross_entropy": layout.config.kernels.cross_entropy,
         "memory": {**dataclasses.asdict(plan.memory), "total_bytes": plan.memory.total_bytes},
         "seconds": {
             **{key: value for key, value in vars(time).items() if key != "transfers"},
@@ -115,11 +119,15 @@ def write_seconds(plan: Plan, write_rate: float) -> float:
 
 
 def recomputation(plan: Plan) -> str:
-    """What is recomputed, in a word or two."""
+    """What is recomputed, in a word or two; ``parts``: several results that cost little."""
     parallel = plan.layout.config.parallel
-    if parallel.recompute_granularity == "selective":
-        return "+".join(parallel.recompute_modules)
-    return parallel.recompute_granularity or "none"
+    if parallel.recompute_granularity != "selective":
+        return parallel.recompute_granularity or "none"
+    names: list[str] = list(parallel.recompute_modules)
+    cheap = [name for name in names if name in CHEAP_PARTS]
+    if len(cheap) > 1:
+        names = ["parts", *(name for name in names if name not in cheap)]
+    return "+".join(names)
 
 
 def ranking(plans: Sequence[Plan]) -> Table:

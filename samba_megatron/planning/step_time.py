@@ -263,12 +263,14 @@ class StepModel:
         layout, gpu = self._layout, self._gpu
         spans = {"tensor": layout.tensor, "context": layout.tensor * layout.context}
         found = []
+        symbols = set(layout.config.model.hybrid_layer_pattern) & set(KINDS)
         for (name, span), exchange in zip(
             spans.items(), (tensor_layer, context_layer), strict=True
         ):
+            sent = {symbol: exchange(layout, gpu, symbol) for symbol in symbols}
             fullest = max(
                 (
-                    [exchange(layout, gpu, s) for chunk in layout.chunks(stage) for s in chunk]
+                    [sent[symbol] for chunk in layout.chunks(stage) for symbol in chunk]
                     for stage in range(layout.pipeline)
                 ),
                 key=lambda layers: sum(layer[0] for layer in layers),
