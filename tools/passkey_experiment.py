@@ -4,8 +4,8 @@
     passkey_experiment.py run --data experiment/data --output experiment/results
 
 Three models (recipes passkey_samba, passkey_swa, passkey_full) are trained from scratch, at once,
-on passkeys in filler text, of which the loss counts on the keys asked for, and on real text, at
-2048 tokens, then asked for passkeys at 2048 … 65536 tokens and for the perplexity of held-out
+on passkeys in filler text and on real text, documents apart and the loss on every token, at 2048
+tokens, then asked for passkeys at 2048 … 65536 tokens and for the perplexity of held-out
 text. --time-limit ends all in time and keeps what there is. What stands after -- goes to the
 training commands. Where there are several GPUs each model has its own.
 """
@@ -159,8 +159,6 @@ def _training(arguments: argparse.Namespace, name: str) -> list[str]:
         "data.valid_data_path": json.dumps([str(data / "held_out")]),
         "data.tokenizer": data / "tokenizer",
         "data.path_to_cache": run / "index_cache",
-        # Documents see each other, so that the last key must be told from those before it.
-        "data.reset_at_document_boundaries": "false",
         "checkpoint.save": run / "checkpoints",
         "checkpoint.async_save": "false",
         "training.micro_batch_size": 16,

@@ -15,6 +15,7 @@ import yaml
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.timeout(900),
 ]
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -42,7 +43,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         *("--recipe", str(recipe), "--micro-batch-size", "2", "--sequence-length", "256"),
         *("--also", "1x512", "--steps", "8", "--seconds", "0.02", "--precisions", "bf16"),
     ]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=280)
+    result = subprocess.run(words, capture_output=True, text=True, timeout=880)
     assert result.returncode == 0, result.stderr[-4000:]
     print(result.stdout)
     return json.loads((folder / "out" / "benchmark.json").read_text())

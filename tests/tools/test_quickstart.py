@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from samba_megatron.tracking.metrics import FILE_NAME, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +38,7 @@ def test_refuses_a_run_without_steps(tmp_path):
     assert result.stderr == "error: --steps, --resume-steps and --devices must be at least 1\n"
 
 
+@pytest.mark.timeout(1200)
 def test_goes_the_whole_way_once_and_uses_it_again(tmp_path):
     options = ("--steps=2", "--resume-steps=1", "--devices=1", "--max-megabytes=8")
     small = (
