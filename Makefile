@@ -26,7 +26,7 @@ setup-gpu:  ## The same, with Transformer Engine and the fast kernels for an NVI
 doctor: .venv/.ready  ## What is installed, which kernels work here, what is missing and what mends it.
 	@$(PYTHON_VENV) tools/doctor.py $(ARGS)
 
-quickstart: .venv/.ready  ## Corpus, tokenizer, dataset, training, resuming: the whole path, under 10 minutes.
+quickstart: .venv/.ready  ## Corpus, tokenizer, dataset, training, resuming: the whole path, about 10 minutes.
 	@$(PYTHON_VENV) tools/quickstart.py $(ARGS)
 
 mlflow: .venv/.ready  ## MLflow's web page over a tracking database: make mlflow ARGS=TRACKING_URI
