@@ -26,13 +26,10 @@ def many_ends(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
     )
     run.fault("slow")
     run.submit()
-    job = run.jobs[0]
     run.wait_for_step(3)
-    # Slurm's own limit and signal; only that the limit is moved here is not a user's day.
-    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 40))
-    cluster.run("scontrol", "update", f"jobid={job}", f"EndTime={end}")
+    run.move_limit(40)
     run.wait(lambda: len(run.ends()) == 1, "end by the time limit")
-    cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=10")
+    run.restore_limit()
     run.wait_for_step(max(run.losses()) + 3)
     urgent = ["-p", "urgent", "-N", "4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
     cluster.run("sbatch", *urgent)
@@ -157,10 +154,12 @@ def overtime(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
     """A rank that does not hear the signal: the limit comes before anything is saved."""
     run = JobRun(cluster, folder, prefix, {"training.train_steps": FEW_STEPS})
     run.fault("slow")
-    run.submit(nodes=1, time_limit="3")
+    run.submit(nodes=1)
     run.wait_for_step(2)
     run.fault("hang.1")
+    run.move_limit(100)
     run.wait(run.ends, "end by the time limit")
+    run.restore_limit()
     run.fault("hang.1", present=False)
     run.fault("slow", present=False)
     run.wait_for_end()

@@ -80,6 +80,18 @@ class JobRun:
         else:
             (self.faults / name).unlink(missing_ok=True)
 
+    def move_limit(self, seconds: int) -> None:
+        """The newest job's limit is so many seconds from now, however long it took to start.
+
+        Limit and signal are Slurm's own; only that they come early is not a user's day.
+        """
+        end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
+        self.cluster.run("scontrol", "update", f"jobid={self.jobs[-1]}", f"EndTime={end}")
+
+    def restore_limit(self) -> None:
+        """The newest job has the ten minutes again that it was submitted with."""
+        self.cluster.run("scontrol", "update", f"jobid={self.jobs[-1]}", "TimeLimit=10")
+
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Lines of the run's ledger."""
         return ledger.read(self.folder, kind)
