@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from samba_megatron.platform.distributed import chosen_device
 from samba_megatron.platform.errors import UserError, run_command
 
 PAPER = {"prompt": (131072, 3.73), "decode": (65536, 3.64)}
@@ -73,10 +74,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     import torch
 
-    cuda = torch.cuda.is_available()
-    if arguments.device.startswith("cuda") and not cuda:
-        raise UserError(f"--device {arguments.device}: this machine has no usable GPU; use cpu")
-    device = ("cuda" if cuda else "cpu") if arguments.device == "auto" else arguments.device
+    device = chosen_device(arguments.device)
     clock = _Clock(device, started + arguments.time_limit)
     recipes = {"model": arguments.recipe, "baseline": arguments.baseline}
     models = {role: _build(recipe, device, arguments.dtype) for role, recipe in recipes.items()}

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from samba_megatron.platform.distributed import Rank
+from samba_megatron.platform.distributed import Rank, chosen_device
 from samba_megatron.platform.errors import ExitWith, UserError, run_command
 from samba_megatron.platform.exits import ExitCode
 
@@ -32,7 +32,7 @@ def main() -> None:
     from samba_megatron.evaluation.subject import load_subject
 
     prompt = _prompt(arguments)
-    device = _device(arguments.device, rank)
+    device = chosen_device(arguments.device, rank.local_rank)
     subject = load_subject(arguments.checkpoint, arguments.tokenizer, device, arguments.dtype)
     suite = _suite(arguments, prompt, subject)
     suite.cases()
@@ -133,19 +133,6 @@ def _suite(arguments: argparse.Namespace, prompt: Any, subject: Any) -> Any:
     )
 
 
-def _device(wanted: str, rank: Rank) -> str:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if wanted.startswith("cuda") and not cuda:
-        raise UserError(f"--device {wanted}: this machine has no usable GPU; use cpu")
-    if wanted == "auto":
-        wanted = f"cuda:{rank.local_rank % torch.cuda.device_count()}" if cuda else "cpu"
-    if wanted.startswith("cuda:"):
-        torch.cuda.set_device(wanted)
-    return wanted
-
-
 def _report(arguments: argparse.Namespace, outcome: Any) -> None:
     from rich.console import Console
 
@@ -178,7 +165,7 @@ def _lm_eval(arguments: argparse.Namespace, rank: Rank) -> None:
         model=arguments.checkpoint,
         tasks=tuple(arguments.tasks.split(",")) if arguments.tasks else PAPER_TASKS,
         output=arguments.output,
-        device=_device(arguments.device, rank),
+        device=chosen_device(arguments.device, rank.local_rank),
         dtype={"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}[arguments.dtype],
         batch_size=arguments.batch_size or 8,
         limit=arguments.limit,

@@ -9,13 +9,18 @@ likeliest token is taken each time.
 """
 
 import argparse
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from samba_megatron.platform.distributed import chosen_device
 from samba_megatron.platform.errors import UserError, run_command
+from samba_megatron.platform.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class Cost:
     first_seconds: float
     """Until the first new token."""
     new_tokens: int
-    seconds: float
-    """For all new tokens but the first."""
+    token_seconds: float | None
+    """Median from one new token to the next: the first ones compile kernels. None: there is one."""
     cache_bytes: int | None
     """What the model remembers of the text at the end; None: it does not say."""
     device_bytes: int | None
@@ -38,7 +43,7 @@ def main() -> None:
     """Prints the prompt and its continuation, and a line of figures on stderr."""
     arguments = _parse()
     prompt = _prompt(arguments)
-    device = _device(arguments.device)
+    device = chosen_device(arguments.device)
     from samba_megatron.evaluation.subject import load_subject
 
     subject = load_subject(arguments.checkpoint, arguments.tokenizer, device, arguments.dtype)
@@ -90,19 +95,6 @@ def _prompt(arguments: argparse.Namespace) -> str:
     return str(text)
 
 
-def _device(wanted: str) -> str:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if wanted.startswith("cuda") and not cuda:
-        raise UserError(f"--device {wanted}: this machine has no usable GPU; use cpu")
-    if wanted == "auto":
-        wanted = "cuda" if cuda else "cpu"
-    if wanted.startswith("cuda:"):
-        torch.cuda.set_device(wanted)
-    return wanted
-
-
 def _continue(subject: Any, prompt: str, arguments: argparse.Namespace) -> Cost:
     """Prints the text as it comes."""
     import torch
@@ -116,10 +108,9 @@ def _continue(subject: Any, prompt: str, arguments: argparse.Namespace) -> Cost:
         raise UserError("the tokenizer makes no token of the prompt: give it some text")
     torch.manual_seed(arguments.seed)
     started, count = time.perf_counter(), arguments.max_new_tokens
-    progress = _Progress(len(ids), arguments.piece)
+    tokens = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
-        tokens = torch.tensor([ids], device=model.device)
-        cache, logits = read(model, tokens, arguments.piece, progress=progress)
+        cache, logits = read(model, tokens, arguments.piece, progress=_progress(tokens))
     sampling = Sampling(arguments.temperature, arguments.top_p)
     writer = Continuation(model, cache, logits, sampling, count)
     graph = model.device.type == "cuda" and not arguments.no_cuda_graph
@@ -142,7 +133,7 @@ def _continue(subject: Any, prompt: str, arguments: argparse.Namespace) -> Cost:
         prompt_tokens=len(ids),
         first_seconds=times[0] - started,
         new_tokens=len(times),
-        seconds=times[-1] - times[0],
+        token_seconds=statistics.median(b - a for a, b in pairwise(times)) if times[1:] else None,
         cache_bytes=memory() if memory else None,
         device_bytes=torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None,
     )
@@ -155,46 +146,30 @@ def _ends(subject: Any) -> set[int]:
     return {subject.tokenizer.eod, *more}
 
 
-class _Progress:
-    """Says on stderr how far a prompt of several pieces is read; on a terminal in one line."""
+def _progress(tokens: Any) -> Callable[[int], None]:
+    """Of reading them; only if it takes more than one piece."""
+    import torch
 
-    _PLAIN_SECONDS = 10.0
+    total = tokens.shape[1]
+    lines = Progress(
+        total, lambda done, rate: f"read {done:,} of {total:,} tokens, {rate:,.0f} tokens/s", True
+    )
 
-    def __init__(self, total: int, piece: int) -> None:
-        self._total, self._long = total, total > piece
-        self._started = self._last = time.monotonic()
-        self._terminal = sys.stderr.isatty()
+    def add(count: int) -> None:
+        if count < total:
+            if tokens.is_cuda:
+                torch.cuda.synchronize()
+            lines.add(count)
 
-    def __call__(self, count: int) -> None:
-        """``count`` tokens are read."""
-        if not self._long:
-            return
-        import torch
-
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        now = time.monotonic()
-        if self._terminal or now - self._last >= self._PLAIN_SECONDS or count == self._total:
-            self._last = now
-            self._print(count, now - self._started)
-
-    def _print(self, count: int, seconds: float) -> None:
-        rate = count / max(seconds, 1e-9)
-        text = (
-            f"read {count:,} of {self._total:,} tokens, {rate:,.0f} tokens/s, "
-            f"{(self._total - count) / rate:.0f} s left"
-        )
-        whole = not self._terminal or count == self._total
-        start = "\r\033[K" if self._terminal else ""
-        print(start + text, end="\n" if whole else "", file=sys.stderr, flush=True)
+    return add
 
 
 def _report(cost: Cost) -> None:
-    rate = (cost.new_tokens - 1) / cost.seconds if cost.new_tokens > 1 else 0.0
     parts = [
         f"{cost.prompt_tokens:,} tokens read, the first new one after {cost.first_seconds:.2f} s "
         f"({cost.prompt_tokens / cost.first_seconds:,.0f} tokens/s)",
-        f"{cost.new_tokens:,} written at {rate:,.1f} tokens/s",
+        f"{cost.new_tokens:,} written"
+        + (f" at {1 / cost.token_seconds:,.1f} tokens/s" if cost.token_seconds else ""),
     ]
     if cost.cache_bytes is not None:
         parts.append(f"the cache holds {cost.cache_bytes / 1e6:,.2f} MB")

@@ -11,6 +11,7 @@ training commands. Where there are several GPUs each model has its own.
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -194,14 +195,10 @@ def _share_gpus(models: list[str]) -> dict[str, dict[str, str]]:
     """Model → what its processes have in their environment: a GPU of its own, as far as they go."""
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-    if len(gpus) < 2:
-        return {name: {} for name in models}
-    return {
-        name: {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
-        for number, name in enumerate(models)
-    }
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    gpus = itertools.cycle(visible.split(","))
+    return {name: {"CUDA_VISIBLE_DEVICES": gpu} for name, gpu in zip(models, gpus, strict=False)}
 
 
 def _start(name: str, command: list[str], folder: Path, more: dict[str, str]) -> Running:

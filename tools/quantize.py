@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from samba_megatron.platform.distributed import chosen_device
 from samba_megatron.platform.errors import UserError, run_command
 
 FORMATS = ("fp8", "nvfp4", "int8_sq", "int4_awq")
@@ -33,7 +34,7 @@ def main() -> None:
             keep=tuple(arguments.keep),
             samples=arguments.samples,
             length=arguments.length,
-            device=_device(arguments.device),
+            device=chosen_device(arguments.device),
         ),
         notice=lambda text: print(text, file=sys.stderr, flush=True),
     )
@@ -58,15 +59,6 @@ def _parse() -> argparse.Namespace:
     if arguments.samples < 1 or arguments.length < 2:
         raise UserError("--samples must be 1 or more and --length 2 or more")
     return arguments
-
-
-def _device(named: str) -> str:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if named.startswith("cuda") and not cuda:
-        raise UserError(f"--device {named}: this machine has no usable GPU; use cpu")
-    return ("cuda" if cuda else "cpu") if named == "auto" else named
 
 
 def _print(report: dict[str, Any], output: Path) -> None:

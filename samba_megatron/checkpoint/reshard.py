@@ -23,10 +23,10 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStora
 
 from samba_megatron.checkpoint import folder, manifest
 from samba_megatron.checkpoint.huggingface.folders import finished_at_end, require_new
-from samba_megatron.checkpoint.huggingface.progress import ByteProgress
 from samba_megatron.checkpoint.huggingface.tensors import KEPT_IN_FP32
 from samba_megatron.platform import files
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.progress import byte_progress
 
 _FORMAT = "metadata.json"
 _COMMON_STATE = "common_state/"
@@ -204,7 +204,7 @@ def _require_space(target: Path, source: _Pieces, kept: list[Any]) -> None:
 def _copy(source: _Pieces, kept: list[Any], writing: Path, options: ReshardOptions) -> _Files:
     written = _Files(writing, options.file_bytes)
     storage = source.metadata.storage_data
-    progress = ByteProgress("copying", sum(storage[index].length for index in kept))
+    progress = byte_progress("copying", sum(storage[index].length for index in kept))
     for index, data in _converted(source, kept, options.dtype):
         written.add(index, storage[index], data)
         progress.add(storage[index].length)
@@ -261,7 +261,7 @@ def _tensor(data: bytes) -> torch.Tensor:
 
 def _compare(source: _Pieces, copy: _Pieces, kept: list[Any], dtype: torch.dtype | None) -> None:
     """Reads back from the disk what was written; equal bit by bit, or rounded where converted."""
-    progress = ByteProgress(
+    progress = byte_progress(
         "comparing", sum(place.length for place in copy.metadata.storage_data.values())
     )
     different = []

@@ -97,7 +97,7 @@ def read(
         tokens: ids.
         piece: tokens read at a time.
         mask: [b, n], false where a token is padding on the left.
-        progress: is told how many tokens are read, after each piece.
+        progress: is told after each piece how many tokens it has.
     """
     cache, output = None, None
     for start in range(0, tokens.shape[1], piece):
@@ -110,6 +110,6 @@ def read(
             logits_to_keep=1,
         )
         cache = output.past_key_values
-        progress(stop)
+        progress(stop - start)
     assert output is not None
     return cache, output.logits[:, -1]

@@ -5,9 +5,7 @@ of them, so the number of ranks may change in between.
 """
 
 import json
-import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +17,11 @@ from samba_megatron.evaluation.subject import Subject
 from samba_megatron.platform.distributed import Rank
 from samba_megatron.platform.errors import UserError
 from samba_megatron.platform.files import write_text
+from samba_megatron.platform.progress import Progress
 from samba_megatron.tracking import json_lines
 
 SETTINGS, RESULTS = "settings.json", "results.json"
 _LONGEST = timedelta(days=1)
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Suite(Protocol):
@@ -149,7 +147,10 @@ def _run_batches(
     rank: Rank,
     seconds: float | None,
 ) -> None:
-    started, progress = time.monotonic(), _Progress(suite.name, sum(map(len, batches)))
+    started, total = time.monotonic(), sum(map(len, batches))
+    progress = Progress(
+        total, lambda done, rate: f"{suite.name}: {done:,} of {total:,} cases", at_once=True
+    )
     with open(file, "a", encoding="utf-8") as stream:
         if json_lines.ends_in_half_a_line(file):
             stream.write("\n")
@@ -188,37 +189,3 @@ def _barrier(rank: Rank) -> None:
         import torch.distributed
 
         torch.distributed.barrier()
-
-
-class _Progress:
-    """Lines about cases done; on a terminal one line that changes, else now and then."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self._name, self._total, self._done = name, total, 0
-        self._started = time.monotonic()
-        self._last = -math.inf
-        self._terminal = sys.stderr.isatty()
-
-    def add(self, count: int) -> None:
-        """``count`` more are done."""
-        self._done += count
-        now = time.monotonic()
-        if now - self._last >= (0.2 if self._terminal else _SECONDS_BETWEEN_LINES):
-            self._last = now
-            self._print(now)
-
-    def close(self) -> None:
-        """Ends the line."""
-        if self._terminal and self._done:
-            self._print(time.monotonic())
-            print(file=sys.stderr)
-
-    def _print(self, now: float) -> None:
-        left = (now - self._started) / self._done * (self._total - self._done)
-        text = f"{self._name}: {self._done:,} of {self._total:,} cases, about {left:,.0f} s left"
-        print(
-            ("\r\033[K" if self._terminal else "") + text,
-            end="" if self._terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )

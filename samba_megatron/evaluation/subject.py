@@ -72,18 +72,15 @@ def load_subject(folder: Path, tokenizer: Path | None, device: str, dtype: DType
 
 def _from_export(folder: Path, given: Path | None, dtype: DType) -> tuple[Any, Any, dict[str, Any]]:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from samba_megatron.checkpoint.huggingface.loading import model_class
     from samba_megatron.data.tokenizer import load_tokenizer
 
     logging.disable_progress_bar()
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            trust_remote_code=True,
-            dtype=_torch_dtype(dtype) or "auto",
-            output_loading_info=True,
+        model, loaded = model_class(folder).from_pretrained(
+            folder, dtype=_torch_dtype(dtype) or "auto", output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

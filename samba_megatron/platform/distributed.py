@@ -5,6 +5,7 @@ the same variables), or alone.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,6 +66,35 @@ def device() -> "torch.device":
     if device_type() == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def chosen_device(wanted: str, local_rank: int = 0) -> str:
+    """What ``--device`` names: ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Args:
+        wanted: the option; ``auto`` is a GPU where there is one, of several ranks each its own.
+        local_rank: of this process on its node.
+
+    Raises:
+        UserError: it names no device, or one that is not here.
+    """
+    import torch
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
+        raise UserError(f"--device {wanted} is no device: use auto, cpu, cuda or cuda:NUMBER")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        wanted = f"cuda:{local_rank % count}" if count else "cpu"
+    if wanted == "cpu":
+        return wanted
+    if not count:
+        raise UserError(f"--device {wanted}: this machine has no usable GPU; use cpu")
+    number = wanted.partition(":")[2]
+    if int(number or 0) >= count:
+        raise UserError(f"--device {wanted}: this machine's GPUs end with cuda:{count - 1}")
+    if number:
+        torch.cuda.set_device(int(number))
+    return wanted
 
 
 def available_devices() -> tuple[DeviceType, int | None]:
@@ -149,11 +179,19 @@ def any_rank(flag: bool) -> bool:
 
 def largest(number: int) -> int:
     """The largest ``number`` of any rank; every rank must call it."""
+    return largest_each(number)[0]
+
+
+def largest_each(*numbers: int) -> list[int]:
+    """The largest of each of these over the ranks; every rank must call it, with as many.
+
+    It waits for all that the device was given before.
+    """
     import torch
 
-    value = torch.tensor([number], dtype=torch.int32, device=device())
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return int(value.item())
+    values = torch.tensor(numbers, dtype=torch.int32, device=device())
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return [int(value) for value in values.tolist()]
 
 
 def gather_text(text: str) -> list[str]:
@@ -176,14 +214,13 @@ def leave_layout() -> None:
 
     if not parallel_state.model_parallel_is_initialized():
         return
-    groups = set(_groups_in(list(vars(parallel_state).values()))) - {torch.distributed.group.WORLD}
-    names = {group: group.group_name for group in groups}
+    found = set(_groups_in(list(vars(parallel_state).values()))) - {torch.distributed.group.WORLD}
+    # Over NCCL it takes all ranks to destroy one: in one order.
+    groups = sorted(found, key=lambda each: each.group_name)
     parallel_state.destroy_model_parallel()
-    # Beside NCCL it destroys the gloo groups itself, and their names are gone with them.
-    left = torch.distributed.distributed_c10d._world.pg_map
-    # Over NCCL it takes all ranks: in one order.
-    for group in sorted(groups, key=names.__getitem__):
-        if group in left:
+    for group in groups:
+        # Beside NCCL, megatron has gloo groups, which it has destroyed itself.
+        if group in torch.distributed.distributed_c10d._world.pg_map:
             torch.distributed.destroy_process_group(group)
 
 

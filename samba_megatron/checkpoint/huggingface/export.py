@@ -12,12 +12,12 @@ import torch
 from samba_megatron.checkpoint.huggingface import companions, parity
 from samba_megatron.checkpoint.huggingface.fields import beyond_fla, to_fields
 from samba_megatron.checkpoint.huggingface.folders import finished_at_end, require_new
-from samba_megatron.checkpoint.huggingface.progress import ByteProgress
 from samba_megatron.checkpoint.huggingface.shards import ShardWriter, TensorEntry
 from samba_megatron.checkpoint.huggingface.source import CheckpointSource
 from samba_megatron.checkpoint.huggingface.tensors import TensorLink
 from samba_megatron.platform.errors import ExitWith
 from samba_megatron.platform.exits import ExitCode
+from samba_megatron.platform.progress import byte_progress
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 REPORT = "parity.json"
@@ -125,7 +125,7 @@ def _write_weights(
         for name, shape in link.shapes(source.shape(link)).items()
     ]
     writer = ShardWriter(folder, entries, shard_bytes)
-    progress = ByteProgress("converting", writer.total_bytes)
+    progress = byte_progress("converting", writer.total_bytes)
     for link in source.links:
         tensor = source.read(link).to(exported_dtype(link, dtype))
         for name, part in link.split(tensor):

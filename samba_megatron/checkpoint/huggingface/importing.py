@@ -19,13 +19,13 @@ import samba_megatron
 from samba_megatron.checkpoint import folder, manifest
 from samba_megatron.checkpoint.huggingface.fields import from_fields
 from samba_megatron.checkpoint.huggingface.folders import finished_at_end, require_new
-from samba_megatron.checkpoint.huggingface.progress import ByteProgress
 from samba_megatron.checkpoint.huggingface.shards import ShardReader
 from samba_megatron.checkpoint.huggingface.tensors import TensorLink, tensor_links
 from samba_megatron.config import RunConfig
 from samba_megatron.config.load import to_dict
 from samba_megatron.platform import files
 from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.progress import Progress, byte_progress
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -123,7 +123,7 @@ def _dtype(link: TensorLink, reader: ShardReader) -> torch.dtype:
 class _AssembleWhenWritten(DefaultSavePlanner):
     """Makes each tensor at the moment it is written; the state dict holds empty ones."""
 
-    def __init__(self, links: list[TensorLink], reader: ShardReader, progress: ByteProgress):
+    def __init__(self, links: list[TensorLink], reader: ShardReader, progress: Progress):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._links = {link.key: link for link in links}
         self._reader, self._progress = reader, progress
@@ -143,7 +143,7 @@ def _write_tensors(writing: Path, reader: ShardReader, links: list[TensorLink]) 
         link.key: torch.empty(_whole_shape(link, reader), dtype=_dtype(link, reader), device="meta")
         for link in links
     }
-    progress = ByteProgress("writing", sum(tensor.nbytes for tensor in content.values()))
+    progress = byte_progress("writing", sum(tensor.nbytes for tensor in content.values()))
     # What megatron expects beside the tensors: everything that is no tensor, in a list.
     content["common_state/shard_0_1"] = [{"progress": {}}]
     with warnings.catch_warnings():

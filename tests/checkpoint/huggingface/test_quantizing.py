@@ -171,9 +171,24 @@ def test_mistakes_are_one_sentence(model, tmp_path, monkeypatch) -> None:
 
 def test_an_export_is_loaded_by_its_own_code(model, monkeypatch) -> None:
     """Also where another class goes by its name, as an imported flash-linear-attention's does."""
-    from transformers import CONFIG_MAPPING, LlamaConfig
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
-    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "samba", LlamaConfig)
+    class Config(LlamaConfig):
+        model_type = "samba"
+
+    class Other(LlamaForCausalLM):
+        config_class = Config
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "samba", Config)
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, Config, Other)
+    taken = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True)
+    assert type(taken) is Other, "what this is about does not happen here"
     loaded = shipped_class(model).from_pretrained(model, dtype="auto")
     assert type(loaded).__name__ == "SambaForCausalLM"
     assert torch.equal(
