@@ -103,6 +103,7 @@ class Loop:
         self.run.console.start(self.run.length.steps)
         minutes = self.config.training.exit_duration_minutes
         self.stop.begin(self.run.run_dir, self.run.rank.rank == 0, minutes)
+        self.stop.agree()
         stop = self._stop()
         while stop is None:
             number = self.progress.step + 1
@@ -138,6 +139,7 @@ class Loop:
             with self.layer_norms.watching(number), self.fp8_health.watching(number):
                 result = train_step(
                     *(self.chunks, optimizer, batches, length, micro_batch, self.guard),
+                    stop=self.stop,
                     timers=self.timers,
                     before_update=self._record_layers,
                 )
@@ -236,15 +238,21 @@ class Loop:
         step = self.progress.step
         if self.config.training.gc_interval and step % self.config.training.gc_interval == 0:
             gc.collect()
-        interval = self.config.validation.eval_interval
-        if interval and step % interval == 0 and step < self.run.length.steps:
+        validates = self._is_due(self.config.validation.eval_interval)
+        saves = self._is_due(self.config.checkpoint.save_interval)
+        if validates:
             self.validate()
         with self.between.measure("checkpoint_stall"):
             self._report_save(self.run.store.poll())
-        every = self.config.checkpoint.save_interval
-        if every and step % every == 0 and step < self.run.length.steps:
-            with self.between.measure("checkpoint_stall"):
+            if saves:
                 self.save(blocking=not self.config.checkpoint.async_save)
+        if validates or saves:
+            self.stop.agree()  # that may have taken longer than a step
+
+    def _is_due(self, interval: int | None) -> bool:
+        """Whether what is done every so many steps is to be done now, before the last step."""
+        step = self.progress.step
+        return bool(interval) and step % interval == 0 and step < self.run.length.steps
 
     def validate(self) -> None:
         """Scores the held-out data and records the result."""
@@ -314,7 +322,7 @@ class Loop:
         if wanted.exit_step is not None and step >= wanted.exit_step:
             reason = f"training.exit_step {wanted.exit_step} is reached"
             return Stop(ExitCode.REQUEUE, Cause.USER_STOP, reason)
-        return self.stop.explain(distributed.largest(self.stop.wish()))
+        return self.stop.explain()
 
     def _end(self, stop: Stop) -> ExitCode:
         self.run.console.stop()

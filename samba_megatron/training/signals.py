@@ -1,9 +1,11 @@
 """Requests to stop: signals, a file named ``stop`` in the run folder, the time. The loop obeys
 after the step in progress.
 
-A signal's handler only sets a flag. What any rank was asked is settled by an all-reduce between
-steps, because Slurm's signal reaches the ranks at different moments, or only some of them; the
-file is looked for by rank 0 alone.
+A signal's handler only sets a flag. What any rank was asked is settled by an all-reduce, because
+Slurm's signal reaches the ranks at different moments, or only some of them; the file is looked for
+by rank 0 alone. The all-reduce is the one that judges a step's loss: one more between steps would
+have the host wait for the update, and the device then for the host. What comes during the update
+is obeyed a step later.
 """
 
 import signal
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from samba_megatron.platform import distributed
 from samba_megatron.platform.errors import UserError
 from samba_megatron.platform.exits import ExitCode
 from samba_megatron.tracking.ledger import Cause
@@ -43,6 +46,8 @@ class StopRequest:
 
     def __init__(self, names: list[str]) -> None:
         self.received: int | None = None
+        self.agreed = 0
+        """The largest wish of all ranks when they last told each other; the same on all."""
         self._file: Path | None = None
         self._limit_minutes: float | None = None
         self._started = self._looked = time.monotonic()
@@ -72,13 +77,18 @@ class StopRequest:
             return _TIME_IS_OVER
         return self.received or 0
 
+    def agree(self) -> None:
+        """The ranks tell each other now, as they do in every step; every rank calls it."""
+        self.agreed = distributed.largest(self.wish())
+
     def obeyed(self) -> None:
         """The state is saved: the file goes, so that the next start is not stopped by it."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
-    def explain(self, wish: int) -> Stop | None:
-        """The end that the largest wish of all ranks asks for, if any."""
+    def explain(self) -> Stop | None:
+        """The end that the ranks have agreed on, if any."""
+        wish = self.agreed
         if wish == 0:
             return None
         if wish == _STOP_FILE_IS_THERE:

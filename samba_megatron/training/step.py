@@ -1,5 +1,6 @@
 """One optimizer step: forward and backward over the micro-batches, checks, update."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ from samba_megatron.training.timing import StepTimers, Stopwatch
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from samba_megatron.training.signals import StopRequest
 
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -216,6 +219,7 @@ def train_step(
     sequence_length: int,
     micro_batch_size: int,
     guard: SpikeGuard | None = None,
+    stop: "StopRequest | None" = None,
     timers: StepTimers | None = None,
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
@@ -228,6 +232,7 @@ def train_step(
         sequence_length: tokens of a sequence.
         micro_batch_size: sequences of a micro-batch.
         guard: judges the loss; of the gradient norm the optimizer tells it (``watch_grad_norm``).
+        stop: the ranks agree on it while they judge.
         timers: those of the chunks' schedules (:func:`attach_timers`), for the parts' times.
         before_update: called on every rank when the gradients are whole and judged.
 
@@ -238,7 +243,7 @@ def train_step(
     watch = Stopwatch()
     with watch.measure("forward_backward"), timers.step() if timers else nullcontext():
         loss = _forward_backward(
-            chunks, optimizer, batches, sequence_length, micro_batch_size, guard
+            chunks, optimizer, batches, sequence_length, micro_batch_size, guard, stop
         )
     # The device has just been waited for: reading its times costs nothing.
     parts = timers.read() if timers else {}
@@ -258,6 +263,7 @@ def _forward_backward(
     sequence_length: int,
     micro_batch_size: int,
     guard: SpikeGuard | None,
+    stop: "StopRequest | None",
 ) -> float:
     """Gradients of one step in the buffers; its mean loss. Runs again where a rank's result is
     not finite and the rerun state machine wants to know whether that can be repeated."""
@@ -271,9 +277,9 @@ def _forward_backward(
         reports = run_schedule(
             chunks, iterators, len(batches), sequence_length, micro_batch_size, forward_only=False
         )
-        mean = mean_loss(reports)
-        finite = bool((gradients_are_finite(chunks) & mean.isfinite()).item())
-        loss = mean.item()
+        judged = torch.stack([mean_loss(reports), gradients_are_finite(chunks).double()])
+        loss, gradients_finite = judged.tolist()  # the device is waited for, once
+        finite = bool(gradients_finite) and math.isfinite(loss)
         suspect = suspect or not (finite or _are_finite(reports))
         if machine.get_mode() != RerunMode.DISABLED:
             machine.validate_result(
@@ -295,14 +301,23 @@ def _forward_backward(
             chunks, again, len(batches), sequence_length, micro_batch_size, forward_only=True
         )
 
-    _judge(loss, finite, guard, partial(nonfinite.locate, chunks, run_forward))
+    _judge(loss, finite, guard, stop, partial(nonfinite.locate, chunks, run_forward))
     return loss
 
 
-def _judge(loss: float, finite: bool, guard: SpikeGuard | None, locate: Callable[[], str]) -> None:
-    """Every rank learns the worst that any has found, with one reduction."""
+def _judge(
+    loss: float,
+    finite: bool,
+    guard: SpikeGuard | None,
+    stop: "StopRequest | None",
+    locate: Callable[[], str],
+) -> None:
+    """Every rank learns the worst that any has found, and was asked, with one reduction."""
     odd = guard.odd_loss(loss) if guard is not None and finite else None
-    worst = distributed.largest(2 if not finite else 1 if odd else 0)
+    own = 2 if not finite else 1 if odd else 0
+    worst, wish = distributed.largest_each(own, stop.wish() if stop is not None else 0)
+    if stop is not None:
+        stop.agreed = wish
     if worst == 2:
         reason = f"the loss ({loss}) or a gradient is not finite; {locate()}"
         if guard is None:
