@@ -252,7 +252,7 @@ class Loop:
     def _is_due(self, interval: int | None) -> bool:
         """Whether what is done every so many steps is to be done now, before the last step."""
         step = self.progress.step
-        return bool(interval) and step % interval == 0 and step < self.run.length.steps
+        return step < self.run.length.steps and bool(interval and step % interval == 0)
 
     def validate(self) -> None:
         """Scores the held-out data and records the result."""

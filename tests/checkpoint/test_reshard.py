@@ -12,8 +12,8 @@ import torch
 from samba_megatron.checkpoint.inspect import inspect
 from samba_megatron.checkpoint.reshard import ReshardOptions, reshard
 from samba_megatron.platform.errors import UserError
-from tests.checkpoint.launch import run_ranks
 from tests.checkpoint.tiny_run import whole_tensors
+from tests.ranks import run_ranks
 from tools import convert_checkpoint
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.launch import run_ranks
+from tests.ranks import run_ranks
 
 LAYOUTS = ("tp2", "pp2", "vpp2")
 

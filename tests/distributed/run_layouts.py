@@ -1,8 +1,6 @@
 """Runs training several times in one world, each run in its own layout: a launch costs ten
 seconds, a run of a toy model a few.
 
-python -m torch.distributed.run --nproc-per-node N run_layouts.py SPECS.json
-
 SPECS.json: a list of runs, each ``{"name": …, "config": {dotted field: value, …}}``.
 """
 

@@ -14,7 +14,7 @@ import pytest
 
 from samba_megatron.tracking import ledger
 from tests.distributed.test_faults import command_line, wait_for
-from tests.distributed.toy import HERE, toy_config, write_dataset
+from tests.distributed.toy import ROOT, toy_config, write_dataset
 
 
 def start_ranks(
@@ -31,7 +31,11 @@ def start_ranks(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(HERE / "faulty_rank.py"), *map(str, fault)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "distributed" / "faulty_rank.py"),
+        *map(str, fault),
+    ]
     return [
         subprocess.Popen(
             [*command, *command_line(config)],

@@ -66,7 +66,7 @@ def test_bad_data_are_skipped_and_left_behind(tmp_path: Path) -> None:
         for name, (changed, steps, _) in OVER_BUDGET.items()
     ]
     parts = [part(19), part(27), part(30), part(None)]
-    launch(2, [whole, *parts, *ends], tmp_path, "run_on_bad_data.py")
+    launch(2, [whole, *parts, *ends], tmp_path, "run_on_bad_data")
 
     events = ledger.read(tmp_path / "whole", "skipped")
     assert [event["step"] for event in events] == [6, 19, 20, 26, 27, 28]

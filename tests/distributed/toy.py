@@ -1,9 +1,6 @@
 """A toy run on real text (Python's own sources as bytes), and the launcher of layouts."""
 
 import json
-import os
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,9 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from samba_megatron.data.indexed import IndexedWriter
 from samba_megatron.tracking.metrics import read_metrics
+from tests.ranks import run_ranks
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = 20
 
 
@@ -77,28 +74,12 @@ def toy_config(prefix: str, run_dir: Path, **fields: Any) -> dict[str, Any]:
 
 
 def launch(
-    processes: int, specs: list[dict[str, Any]], folder: Path, script: str = "run_layouts.py"
+    processes: int, specs: list[dict[str, Any]], folder: Path, program: str = "run_layouts"
 ) -> None:
     """Runs the specifications in a world of ``processes``."""
     file = folder / f"specs_{processes}_{abs(hash(json.dumps(specs)))}.json"
     file.write_text(json.dumps(specs))
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    log = file.with_suffix(".log")
-    with open(log, "w") as out:
-        result = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", str(processes)),
-                *(str(HERE / script), str(file)),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
-            stdout=out,
-            stderr=out,
-            timeout=900,
-        )
-    # What follows the launcher's own report of the failure is noise.
-    assert result.returncode == 0, log.read_text().split("failed (exitcode:")[0][-6000:]
+    run_ranks(f"tests.distributed.{program}", processes, file, timeout=900)
 
 
 def losses(run_dir: Path, kind: str = "train") -> list[float]:

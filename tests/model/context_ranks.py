@@ -1,4 +1,4 @@
-"""A model whose sequences several ranks share, against the same model on one; run by torchrun.
+"""A model whose sequences several ranks share, against the same model on one.
 
 Everything is fp64: logits and every parameter's gradient, as the data-parallel wrapper reduces them
 and divides them by the tokens that count, of which the ranks have unequally many. Prints one JSON

@@ -1,4 +1,4 @@
-"""Compares the chunked head with head and loss written out in fp64; run by torchrun.
+"""Compares the chunked head with head and loss written out in fp64.
 
 Rank 0 draws the cases (hypothesis shrinks a failing one) and tells the others. Every rank builds
 the head of its part of the vocabulary, gives it its part of the hidden states, and compares sum,

@@ -1,4 +1,4 @@
-"""Compares the tensor-parallel Mamba mixer with a slow, obvious fp64 Mamba; run by torchrun.
+"""Compares the tensor-parallel Mamba mixer with a slow, obvious fp64 Mamba.
 
 Every rank builds the reference from the whole weights, gives its slices to the mixer, and compares
 output and gradients with its part of the reference's. Prints one JSON line a case: the worst

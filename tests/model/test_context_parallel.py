@@ -1,34 +1,19 @@
 """A model over sequences that several ranks share computes what it does on one."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.model.context_ranks import CASES, PACKINGS
-
-HERE = Path(__file__).parent
+from tests.ranks import run_ranks
 
 
 @pytest.mark.timeout(600)
-def test_logits_and_gradients_equal_one_process(tmp_path: Path) -> None:
+def test_logits_and_gradients_equal_one_process() -> None:
     """In fp64 to 1e-12, for every kind of layer, windows shorter and longer than a rank's piece,
     one document and several, with recomputation, and a loss that counts unequally many positions
     on the ranks."""
-    program = [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")]
-    with open(tmp_path / "log", "w") as log:
-        result = subprocess.run(
-            [*program, "4", str(HERE / "context_ranks.py")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)},
-            stdout=log,
-            stderr=log,
-            timeout=580,
-        )
-    said = (tmp_path / "log").read_text()
-    assert result.returncode == 0, said.split("failed (exitcode:")[0][-6000:]
+    said = run_ranks("tests.model.context_ranks", 4, timeout=580)
     found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert [case["case"] for case in found] == list(CASES)
     for case in found:

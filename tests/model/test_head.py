@@ -1,11 +1,7 @@
 """The head with the loss in it: against fp64 written out, over layouts; and inside the model."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,25 +10,14 @@ from samba_megatron.config import KernelsConfig, ModelConfig, ParallelConfig, Ru
 from samba_megatron.model.head import SummedLosses
 from samba_megatron.model.samba import build_model
 from samba_megatron.platform import distributed
-
-HERE = Path(__file__).parent
+from tests.ranks import run_ranks
 
 
 @pytest.mark.timeout(200)
 def test_every_layout_is_the_whole() -> None:
     """Sum, losses and both gradients, TP 1 and 2, with and without sequence parallelism."""
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(HERE / "head_ranks.py")),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert result.returncode == 0, result.stderr.split("failed (exitcode:")[0][-4000:]
-    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    said = run_ranks("tests.model.head_ranks", 2, timeout=180)
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert [line["layout"] for line in lines] == [[1, False], [2, False], [2, True]]
     assert all(line["cases"] >= 10 for line in lines)
 

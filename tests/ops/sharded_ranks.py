@@ -1,4 +1,4 @@
-"""Compares the sharded operations with the whole sequence on one process; run by torchrun.
+"""Compares the sharded operations with the whole sequence on one process.
 
 Rank 0 draws the cases (hypothesis shrinks a failing one) and tells the others; every rank computes
 the whole in fp64 by the references, its own part by the sharded operation, and compares outputs

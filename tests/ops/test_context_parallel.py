@@ -1,10 +1,6 @@
 """Operations over a sequence that several ranks share: exact, and as cheap to send as said."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,25 +16,13 @@ from tests.ops.sharded_ranks import (
     KV_HEADS,
     STATES,
 )
-
-HERE = Path(__file__).parent
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def report() -> dict[str, Any]:
     """What four processes found: cases of two and four ranks, drawn; bytes sent."""
-    log = tmp_path_factory.mktemp("sharded") / "log"
-    program = [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")]
-    with open(log, "w") as out:
-        result = subprocess.run(
-            [*program, "4", str(HERE / "sharded_ranks.py")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)},
-            stdout=out,
-            stderr=out,
-            timeout=280,
-        )
-    said = log.read_text()
-    assert result.returncode == 0, said.split("failed (exitcode:")[0][-6000:]
+    said = run_ranks("tests.ops.sharded_ranks", 4, timeout=280)
     last: dict[str, Any] = json.loads(said.splitlines()[-1])
     return last
 

@@ -8,7 +8,7 @@ import pytest
 
 from samba_megatron.training.fp8_health import OPERANDS
 from samba_megatron.training.stragglers import stand_out
-from tests.checkpoint.launch import run_ranks
+from tests.ranks import run_ranks
 from tests.training.account_ranks import DTYPES, LAYOUTS, WORLD
 
 NAMES = [f"{layout} {dtype}" for layout in LAYOUTS for dtype in DTYPES[layout]]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.launch import run_ranks
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

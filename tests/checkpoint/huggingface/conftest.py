@@ -9,7 +9,7 @@ import torch
 from samba_megatron.checkpoint.huggingface.export import ExportOptions, export
 from samba_megatron.checkpoint.huggingface.importing import import_model
 from tests.checkpoint.huggingface.save_models import MODELS
-from tests.checkpoint.launch import run_ranks
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="session")

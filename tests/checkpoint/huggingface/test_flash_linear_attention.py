@@ -18,7 +18,7 @@ from samba_megatron.checkpoint.huggingface.importing import import_model
 from samba_megatron.checkpoint.huggingface.source import CheckpointSource
 from samba_megatron.platform.errors import UserError
 from tests.checkpoint.huggingface import model_sides
-from tests.checkpoint.launch import ROOT
+from tests.ranks import ROOT
 
 # Looked for, not imported: it would change what transformers' Auto classes take here.
 pytestmark = pytest.mark.skipif(find_spec("fla") is None, reason="needs flash-linear-attention")
