@@ -14,7 +14,7 @@ from torch import Tensor
 
 from samba_megatron.benchmarks import peers
 from samba_megatron.benchmarks.plan import Plan, Shape
-from samba_megatron.benchmarks.timing import DTYPES, move, time_passes
+from samba_megatron.benchmarks.timing import DTYPES, Outputs, move, time_passes
 from samba_megatron.config import ModelConfig
 from samba_megatron.ops.backends import OPERATIONS
 from samba_megatron.ops.causal_conv1d import causal_conv1d
@@ -24,6 +24,7 @@ from samba_megatron.ops.cost import (
     conv_work,
     linear_cross_entropy_work,
     rms_norm_work,
+    rotary_work,
     scan_work,
     swiglu_work,
 )
@@ -31,6 +32,7 @@ from samba_megatron.ops.linear_cross_entropy import linear_cross_entropy
 from samba_megatron.ops.measuring import device
 from samba_megatron.ops.registry import Request
 from samba_megatron.ops.rms_norm import rms_norm
+from samba_megatron.ops.rotary import split_and_rotate
 from samba_megatron.ops.selective_scan import selective_scan
 from samba_megatron.ops.selective_scan.benchmark import make_inputs as scan_inputs
 from samba_megatron.ops.swiglu import swiglu
@@ -49,6 +51,7 @@ _LETTERS = {
     "causal_conv1d": "M",
     "windowed_attention": "*F",
     "swiglu": "-",
+    "rotary": "*F",
 }
 """The layers that an operation is of, where it is of some only."""
 
@@ -58,7 +61,7 @@ class Subject:
     """An operation at a model's sizes."""
 
     inputs: Callable[[], Inputs]
-    run: Callable[..., Tensor]
+    run: Callable[..., Outputs]
     """Takes the inputs and ``backend``."""
     work: Passes
     sizes: dict[str, int]
@@ -109,6 +112,12 @@ def subjects(model: ModelConfig, shape: Shape, dtype: str) -> dict[str, Subject]
             lambda backend, x, weight: rms_norm(x, weight, model.layernorm_epsilon, backend)[0],
             rms_norm_work(shape.tokens, model.hidden_size, size),
             {"row": model.hidden_size},
+        ),
+        "rotary": Subject(
+            partial(_rotary_inputs, model, shape, dtype),
+            partial(split_and_rotate, heads=heads, groups=groups),
+            rotary_work(shape.tokens, heads, groups, head_dim, size),
+            {},
         ),
         "linear_cross_entropy": Subject(
             partial(_loss_inputs, model, shape, dtype),
@@ -186,7 +195,7 @@ def _timed(
     title: str,
     row: Inputs,
     subject: Subject,
-    run: Callable[[], Tensor],
+    run: Callable[[], Outputs],
     leaves: Inputs,
 ) -> Finding:
     wanted = [tensor for tensor in leaves.values() if tensor.requires_grad]
@@ -258,6 +267,19 @@ def _loss_inputs(model: ModelConfig, shape: Shape, dtype: str) -> Inputs:
         "hidden": _random(dtype, *size, model.hidden_size),
         "weight": move(weight / model.hidden_size**0.5),
         "target": torch.randint(0, model.vocab_size, size, device=device()),
+    }
+
+
+def _rotary_inputs(model: ModelConfig, shape: Shape, dtype: str) -> Inputs:
+    """Angles as the model makes them."""
+    groups, head_dim = model.kv_heads, model.head_dim
+    width = (model.num_attention_heads // groups + 2) * head_dim
+    powers = torch.arange(0, head_dim, 2, device=device()) / head_dim
+    rates = float(model.rotary_base) ** -powers
+    angles = torch.outer(torch.arange(shape.length, device=device()), rates).repeat(1, 2)
+    return {
+        "qkv": _random(dtype, shape.length, shape.batch, groups, width),
+        "angles": angles[:, None, None],
     }
 
 

@@ -5,18 +5,19 @@ Nothing of them is imported before it is measured; what is not installed is name
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from samba_megatron.benchmarks.timing import move
+from samba_megatron.benchmarks.timing import Outputs, move
 from samba_megatron.config import ModelConfig
 from samba_megatron.ops.measuring import on_gpu
 
 Inputs = dict[str, Any]
-Prepared = tuple[Callable[[], Tensor], Inputs]
+Prepared = tuple[Callable[[], Outputs], Inputs]
 """The forward pass, and what gradients are wanted of."""
 
 MAMBA_SSM, TRANSFORMER_ENGINE = ("mamba_ssm", "causal_conv1d"), ("transformer_engine",)
@@ -106,6 +107,21 @@ def _fla_norm(inputs: Inputs, model: ModelConfig) -> Prepared:
     return lambda: norm(inputs["x"]), {"x": inputs["x"], "weight": norm.weight}
 
 
+def _transformer_engine_rotary(inputs: Inputs, model: ModelConfig) -> Prepared:
+    """What megatron's layers run, and the values laid as the attention of documents wants them."""
+    from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
+
+    rotate = partial(apply_rotary_pos_emb, tensor_format="sbhd", fused=True)
+    qkv, angles, head_dim = inputs["qkv"], inputs["angles"], model.head_dim
+
+    def run() -> Outputs:
+        q, k, v = qkv.split([qkv.shape[-1] - 2 * head_dim, head_dim, head_dim], dim=-1)
+        q = q.reshape(*q.shape[:2], -1, head_dim)
+        return rotate(q, angles), rotate(k, angles), v.contiguous()
+
+    return run, {"qkv": qkv}
+
+
 def _fla_loss(inputs: Inputs, model: ModelConfig) -> Prepared:
     from fla.modules import FusedLinearCrossEntropyLoss
 
@@ -131,6 +147,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "Transformer Engine": Kernel(TRANSFORMER_ENGINE, _transformer_engine_norm),
         "fla": Kernel(FLA, _fla_norm),
     },
+    "rotary": {"Transformer Engine": Kernel(TRANSFORMER_ENGINE, _transformer_engine_rotary)},
     "linear_cross_entropy": {"fla": Kernel(FLA, _fla_loss)},
 }
 """By operation and what stands in the table."""

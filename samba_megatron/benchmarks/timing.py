@@ -14,6 +14,8 @@ from torch import Tensor
 from samba_megatron.ops.measuring import on_gpu, synchronize
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Outputs = Tensor | tuple[Tensor, ...]
+"""Of a forward pass."""
 _LEAST, _MOST = 3, 50
 """Calls that a median is of."""
 _LONG = 1.5
@@ -87,7 +89,7 @@ def _on_cpu(call: Callable[[], object], calls: int) -> list[float]:
 
 
 def time_passes(
-    run: Callable[[], Tensor], leaves: list[Tensor], seconds: float, for_backward: bool = True
+    run: Callable[[], Outputs], leaves: list[Tensor], seconds: float, for_backward: bool = True
 ) -> tuple[Timing, Timing]:
     """Forward, and forward and backward.
 
@@ -97,7 +99,8 @@ def time_passes(
         seconds: for which each is measured.
         for_backward: whether the forward pass alone keeps what a backward pass needs.
     """
-    weights = torch.randn_like(run())
+    outputs = run()
+    weights = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else [outputs])]
     with torch.set_grad_enabled(for_backward):
         forward = time_call(run, seconds)
     both = time_call(lambda: torch.autograd.grad(run(), leaves, weights), seconds)

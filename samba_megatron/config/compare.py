@@ -81,6 +81,7 @@ CHANGES: Mapping[str, Change] = {
     "kernels.windowed_attention": _FREE,
     "kernels.swiglu": _FREE,
     "kernels.rms_norm": _FREE,
+    "kernels.rotary": _FREE,
     "kernels.gradient_accumulation_fusion": _FREE,
     "kernels.cross_entropy": _FREE,
     # The datasets themselves are compared, not what they are called (data.identity).
@@ -161,6 +162,7 @@ CHANGES: Mapping[str, Change] = {
     "logging.profile_step_start": _FREE,
     "logging.profile_step_end": _FREE,
     "logging.profile_ranks": _FREE,
+    "logging.profile_shapes": _FREE,
 }
 """Every field of the configuration, and what it means that it changed."""
 

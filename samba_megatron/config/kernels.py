@@ -28,6 +28,13 @@ class KernelsConfig:
     residual stream's gradient to the norm's in one pass; ``auto`` is Transformer Engine's where
     that is the implementation, else the fastest that can run."""
 
+    rotary: Literal["auto", "megatron", "triton", "torch"] = "auto"
+    """The attention layers' rotary embedding: ``triton`` and ``torch`` are this project's, one with
+    the split of the joined projection into queries, keys and values, in one pass each way; ``auto``
+    is ``megatron``: apart from it, by Transformer Engine's kernel where its layers are used. So it
+    is with a short convolution, which comes between the two, and where tensor-parallel ranks share
+    a key/value head."""
+
     gradient_accumulation_fusion: bool = True
     """Transformer Engine's linears add their weights' gradients to the gradient buffer as part of
     the matrix product, instead of making them first and adding then."""

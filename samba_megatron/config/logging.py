@@ -38,3 +38,7 @@ class LoggingConfig:
 
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that are profiled."""
+
+    profile_shapes: bool = False
+    """Also record the shapes operators are given and the modules they run in, for the table of who
+    makes the copies. It costs host time, so look for idle times in a profile without."""

@@ -1,8 +1,11 @@
-"""The rotary embedding of contiguous pieces of sequences, or of sequences laid end to end."""
+"""The rotary embedding of contiguous pieces of sequences, or of sequences laid end to end; and who
+applies it."""
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from samba_megatron.config import KernelsConfig, ModelConfig
 
 
 class ShardedRotaryEmbedding(RotaryEmbedding):
@@ -41,3 +44,22 @@ class ShardedRotaryEmbedding(RotaryEmbedding):
         own = max_seq_len // group.size()
         angles = self.get_emb(own, self.start + offset + group.rank() * own)
         return angles.repeat(self.sequences, 1, 1, 1)
+
+
+def splits_and_rotates(model: ModelConfig, kernels: KernelsConfig, tensor_parallel: int) -> bool:
+    """Whether this project's kernel splits the joined projection and applies the rotary embedding.
+
+    It cannot where something comes between the two: a short convolution, or the choice of a rank's
+    queries among those of a key/value head that several ranks share.
+
+    Args:
+        model: sizes.
+        kernels: choices of implementation.
+        tensor_parallel: ranks that share the heads.
+    """
+    return (
+        kernels.rotary in ("triton", "torch")
+        and model.position_embedding_type == "rope"
+        and not model.short_convolution
+        and tensor_parallel <= model.kv_heads
+    )

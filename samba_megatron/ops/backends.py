@@ -4,6 +4,7 @@ from samba_megatron.ops.causal_conv1d.dispatch import CAUSAL_CONV1D
 from samba_megatron.ops.linear_cross_entropy.dispatch import LINEAR_CROSS_ENTROPY
 from samba_megatron.ops.registry import Operation
 from samba_megatron.ops.rms_norm.dispatch import RMS_NORM
+from samba_megatron.ops.rotary.dispatch import ROTARY
 from samba_megatron.ops.selective_scan.dispatch import SELECTIVE_SCAN
 from samba_megatron.ops.swiglu.dispatch import SWIGLU
 from samba_megatron.ops.windowed_attention.dispatch import WINDOWED_ATTENTION
@@ -16,6 +17,7 @@ OPERATIONS: dict[str, Operation] = {
         WINDOWED_ATTENTION,
         SWIGLU,
         RMS_NORM,
+        ROTARY,
         LINEAR_CROSS_ENTROPY,
     )
 }

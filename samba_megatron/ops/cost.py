@@ -129,6 +129,18 @@ def rms_norm_work(tokens: int, width: int, element_size: int) -> Passes:
     )
 
 
+def rotary_work(tokens: int, heads: int, groups: int, head_dim: int, element_size: int) -> Passes:
+    """The rotary embedding with the split of the joined projection before it: the projection is
+    read, queries, keys and values are written; backward their gradients are read and the
+    projection's is written. Angles, their sines and cosines are left out.
+
+    Two products and a sum for each number of a query or a key, in either direction.
+    """
+    moved = 2 * tokens * (heads + 2 * groups) * head_dim * element_size
+    turned = 3 * tokens * (heads + groups) * head_dim
+    return Passes(Work(moved, flops=turned), Work(moved, flops=turned))
+
+
 def linear_cross_entropy_work(
     tokens: int, width: int, vocabulary: int, element_size: int
 ) -> Passes:

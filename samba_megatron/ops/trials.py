@@ -34,6 +34,7 @@ from samba_megatron.ops.measuring import (
     on_gpu,
 )
 from samba_megatron.ops.rms_norm import rms_norm
+from samba_megatron.ops.rotary import split_and_rotate
 from samba_megatron.ops.selective_scan import selective_scan
 from samba_megatron.ops.swiglu.dispatch import swiglu
 from samba_megatron.ops.windowed_attention.dispatch import windowed_attention
@@ -64,6 +65,7 @@ def kernel_trials() -> Iterator[Trial]:
         "windowed_attention": (_attention, attention_inputs),
         "swiglu": (swiglu, swiglu_inputs),
         "rms_norm": (_norm, norm_inputs),
+        "rotary": (_rotary, rotary_inputs),
         "linear_cross_entropy": (_loss, loss_inputs),
     }
     for name, (function, inputs) in calls.items():
@@ -177,6 +179,12 @@ def norm_inputs() -> Inputs:
     return {"x": activation(1, length, 2, width), "weight": activation(2, width)}
 
 
+def rotary_inputs() -> Inputs:
+    """4 heads of 128 over 2 of keys, 1024 positions, on a GPU; 4 of 16, 64 positions, on a CPU."""
+    length, head_dim = (1024, 128) if on_gpu() else (64, 16)
+    return {"qkv": activation(1, length, 2, 2, 4 * head_dim)}
+
+
 def swiglu_inputs() -> Inputs:
     """[s, b, 2F] = [1024, 2, 2048] on a GPU, [64, 2, 64] on a CPU."""
     shape = (1024, 2, 2048) if on_gpu() else (64, 2, 64)
@@ -206,6 +214,16 @@ def _attention(
 def _norm(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     normalised, residual = rms_norm(x, weight, 1e-5, backend)
     return normalised + residual
+
+
+def _rotary(qkv: Tensor, backend: str) -> Tensor:
+    """At positions up to a million."""
+    length, head_dim = qkv.shape[0], qkv.shape[-1] // 4
+    positions = torch.arange(10**6 - length, 10**6, device=qkv.device)
+    rates = 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=qkv.device)
+    angles = torch.outer(positions, rates).repeat(1, 2)[:, None, None]
+    q, k, v = split_and_rotate(qkv, angles, 4, 2, backend)
+    return torch.cat([q, k, v], dim=2)
 
 
 def _scan(backend: str, reset: Tensor | None = None, **inputs: Any) -> Tensor:

@@ -190,6 +190,7 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
     if "-" in model.hybrid_layer_pattern:
         chosen["swiglu"] = SWIGLU.choose(kernels.swiglu, request()).name
     chosen["rms_norm"] = _norm(config, implementation, request())
+    chosen |= _rotary(config, implementation, request())
     if kernels.cross_entropy == "chunked":
         asked = request(["vocabulary_parallel", "main_grad"])
         chosen["cross_entropy"] = f"chunked ({LINEAR_CROSS_ENTROPY.choose(AUTO, asked).name})"
@@ -208,6 +209,19 @@ def _norm(config: RunConfig, implementation: str, request: Any) -> str:
     if config.precision.fp32_residual_connection:
         return "torch"
     return RMS_NORM.choose(kernel, request).name
+
+
+def _rotary(config: RunConfig, implementation: str, request: Any) -> dict[str, str]:
+    from samba_megatron.model.rotary import splits_and_rotates
+    from samba_megatron.ops.rotary.dispatch import ROTARY
+
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    if not set("*F") & set(model.hybrid_layer_pattern) or model.position_embedding_type != "rope":
+        return {}
+    if splits_and_rotates(model, config.kernels, tensor):
+        return {"rotary": ROTARY.choose(config.kernels.rotary, request).name}
+    theirs = implementation == "transformer_engine"
+    return {"rotary": "transformer_engine" if theirs else "megatron"}
 
 
 def _version(package: str) -> str | None:

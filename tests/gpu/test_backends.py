@@ -39,6 +39,7 @@ BF16 = {"precision.params_dtype": "bf16"}
 LOCAL = {"kernels.transformer_impl": "local", "optimizer.adam_impl": "torch"}
 CHUNKED = {"kernels.cross_entropy": "chunked"}
 OWN_NORM = {"kernels.rms_norm": "triton"}
+OWN_ROTARY = {"kernels.rotary": "triton"}
 FP8 = {"precision.fp8": "hybrid", "precision.fp8_recipe": "tensorwise"}
 TORCH_OPS = {
     "kernels.selective_scan": "torch",
@@ -66,6 +67,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         spec("te_bf16_chunked", **BF16, **CHUNKED),
         spec("te_bf16_own_norm", **BF16, **OWN_NORM),
         spec("te_fp8_own_norm", **BF16, **FP8, **OWN_NORM),
+        spec("local_own_rotary_fp32", **FP32, **LOCAL, **OWN_ROTARY),
+        spec("te_bf16_own_rotary", **BF16, **OWN_ROTARY),
         spec("te_bf16_recompute", **BF16, **{"parallel.recompute_granularity": "full"}),
         spec(
             "te_bf16_selective",
@@ -134,6 +137,8 @@ def assert_together(runs: dict[str, list[float]], name: str, other: str, toleran
         ("te_bf16_chunked", "te_bf16", 2e-3),
         ("te_bf16_own_norm", "te_bf16", 2e-3),
         ("te_fp8_own_norm", "te_fp8_tensorwise", 3e-2),
+        ("local_own_rotary_fp32", "local_kernels_fp32", 1e-5),
+        ("te_bf16_own_rotary", "te_bf16", 2e-3),
         ("te_bf16_recompute", "te_bf16", 2e-3),
         ("te_bf16_selective", "te_bf16", 2e-3),
         ("te_bf16_parts", "te_bf16", 2e-3),

@@ -60,6 +60,7 @@ def test_nothing_failed(found) -> None:
 def test_kernels_and_their_peers(found) -> None:
     measured = {(row["operation"], row["kernel"]) for row in found["kernels"]}
     wanted = {("selective_scan", "fused"), ("swiglu", "triton"), ("windowed_attention", "torch")}
+    wanted |= {("rotary", "triton")}
     if installed("mamba_ssm"):
         wanted |= {("selective_scan", "mamba_ssm"), ("selective_scan", "mamba_ssm, its own layout")}
     if find_spec("fla"):

@@ -1,4 +1,4 @@
-"""Trials that documents stay apart, in several layouts of one world; run by torchrun.
+"""Trials that documents stay apart, in several layouts of one world.
 
 Every rank draws the same packings (nothing is random between them) and learns of every rank's
 finding, so that all go on, or shrink, alike. Prints a line for each layout that holds.
@@ -65,8 +65,8 @@ def layout(parallel: ParallelConfig) -> Iterator[None]:
 
 
 def main() -> None:
-    """The layouts of this world, and results recomputed in some."""
-    from tests.model import recomputing
+    """The layouts of this world, and in some results recomputed, and the rotary embedding."""
+    from tests.model import recomputing, rotating
 
     for name, settled in LAYOUTS.items():
         try_layout(*settled)
@@ -75,6 +75,10 @@ def main() -> None:
         found = recomputing.differences(parallel, recomputing.TOGETHER)
         assert not found, found
         _say(f"recomputed: {name}")
+    for name, parallel in rotating.LAYOUTS.items():
+        off = rotating.differences(parallel)
+        assert max(off.values()) <= 1e-6, off
+        _say(f"rotary: {name}")
     distributed.shutdown()
 
 

@@ -1,9 +1,5 @@
 """Documents of a packed sample stay apart: bits, layouts, and each document as if alone."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,10 +26,11 @@ from tests.model.isolation import (
     toy_run,
 )
 from tests.model.recomputing import LAYOUTS as RECOMPUTED
+from tests.model.rotating import LAYOUTS as ROTATED
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(600)
 
-HERE = Path(__file__).parent
 PACKING = Packing(((20,), (), (70,), ()), sequence=0, position=19)
 """The last token before a document is changed."""
 
@@ -68,22 +65,14 @@ def test_a_document_touches_another_where_nobody_says_that_it_must_not():
         assert found in leaks
 
 
-def test_a_document_does_not_touch_another_in_any_layout(tmp_path):
-    """Tensor, sequence, pipeline and context parallelism, with recomputation; and where results
-    are recomputed, not a bit of the step changes."""
-    program = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
-    with open(tmp_path / "log", "w") as log:
-        result = subprocess.run(
-            [*program, "--nproc-per-node", "4", str(HERE / "documents_ranks.py")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)},
-            stdout=log,
-            stderr=log,
-            timeout=580,
-        )
-    said = (tmp_path / "log").read_text()
-    assert result.returncode == 0, said.split("failed (exitcode:")[0][-6000:]
+def test_a_document_does_not_touch_another_in_any_layout():
+    """Tensor, sequence, pipeline and context parallelism, with recomputation; where results are
+    recomputed, not a bit of the step changes; and where the projection is split and rotated in one,
+    the step is megatron's."""
+    said = run_ranks("tests.model.documents_ranks", 4, timeout=580)
     held = [line.removeprefix("=== ") for line in said.splitlines() if line.startswith("===")]
-    assert held == [*LAYOUTS, *(f"recomputed: {name}" for name in RECOMPUTED)]
+    others = [*(f"recomputed: {name}" for name in RECOMPUTED), *(f"rotary: {n}" for n in ROTATED)]
+    assert held == [*LAYOUTS, *others]
 
 
 def test_a_packed_document_is_the_document_alone():

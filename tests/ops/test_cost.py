@@ -60,6 +60,14 @@ def test_the_least_work_of_a_norm():
     assert passes.forward.flops == 10 * 6 * 4 and passes.backward.flops == 10 * 6 * 9
 
 
+def test_the_least_work_of_the_rotary_embedding():
+    """10 tokens, 4 heads over 2 of keys, 16 wide, two bytes a number."""
+    passes = cost.rotary_work(10, 4, 2, 16, 2)
+    assert passes.forward == passes.backward
+    assert passes.forward.bytes == 10 * 16 * 2 * ((4 + 2 + 2) + (4 + 2 + 2))  # joined; q, k, v
+    assert passes.forward.flops == 10 * (4 + 2) * 16 * (2 + 1)  # of q and k: x cos, y sin; sum
+
+
 def test_the_least_work_of_attention():
     """3 sequences of 7 in a window of 3, 4 heads over 2 of keys, 16 wide, two bytes a number."""
     passes = cost.attention_work(3, 7, 4, 2, 16, 3, 2)

@@ -29,6 +29,7 @@ from tests.ops import emulated_kernels
 from tests.ops.comparing import Inputs, assert_near, assert_same_bits, run
 from tests.ops.emulated_kernels import EmulatedKernels
 from tests.ops.interpreting import interpret
+from tests.ops.test_rotary import check_operators as check_rotary
 from tests.ops.test_swiglu import check_operators
 
 LENGTH, BATCH, CHANNELS, STATES = 40, 2, 6, 8  # two chunks
@@ -198,6 +199,7 @@ def mixer(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def compare(folder: str) -> None:
     """Both operators in one compiled function; SwiGLU's by Triton's interpreter."""
     check_operators()
+    check_rotary()
     fused_operator.LOOKUPS["cpu"] = emulated(Path(folder))
     compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
     inputs = CALLS["several dtypes"]

@@ -163,6 +163,7 @@ def test_backends_of_all_operations():
         "windowed_attention": ["transformer_engine", "flash_attn", "torch", "reference"],
         "swiglu": ["triton", "torch"],
         "rms_norm": ["triton", "torch"],
+        "rotary": ["triton", "torch"],
         "linear_cross_entropy": ["triton", "torch", "reference"],
     }
     for operation in OPERATIONS.values():

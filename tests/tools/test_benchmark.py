@@ -65,7 +65,7 @@ def test_measures_kernels_and_layers(command, tmp_path, capsys) -> None:
         *("--micro-batch-size", "2", "--also", "1x24"),
     )
     measured = {(row["operation"], row["kernel"], row["shape"]) for row in found["kernels"]}
-    names = ("selective_scan", "causal_conv1d", "windowed_attention", "swiglu")
+    names = ("selective_scan", "causal_conv1d", "windowed_attention", "swiglu", "rotary")
     assert measured >= {(name, "torch", shape) for name in names for shape in ("2x16", "1x24")}
     for row in found["kernels"]:
         least, most = row["both_ms"][1:]

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from samba_megatron.model.layers.along_sequence import attend, convolve
 from samba_megatron.model.layers.mamba_mixer import ShardedParameters
+from samba_megatron.model.rotary import splits_and_rotates
 from samba_megatron.model.sequence import SequenceParams, sequence_params
 from samba_megatron.model.transformer_config import SambaTransformerConfig
+from samba_megatron.ops.rotary import split_and_rotate
 from samba_megatron.ops.windowed_attention.packing import in_rows
 
 
@@ -29,12 +31,18 @@ class SambaSelfAttention(SelfAttention):
     The convolution (``model.short_convolution``) is the Samba paper's variant for recall
     (section 3.4, phonebook): ``d_conv`` taps and SiLU, no bias, before the rotary embedding.
     Channels follow the heads, so tensor parallelism needs no communication for it.
+
+    ``kernels.rotary`` triton or torch: megatron hands the joined projection over unsplit, and one
+    kernel splits it and turns queries and keys, which megatron then is not told to turn. With a
+    short convolution, an inference context, or ranks that share a key/value head, megatron does
+    both in turn, whatever is chosen.
     """
 
     config: SambaTransformerConfig
 
     def __init__(self, config: SambaTransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self._angles: Tensor | None = None
         if not config.model.short_convolution:
             return
         heads = self.num_attention_heads_per_partition * self.hidden_size_per_attention_head
@@ -49,22 +57,51 @@ class SambaSelfAttention(SelfAttention):
     def forward(
         self,
         *args: Any,
+        rotary_pos_emb: Any = None,
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As megatron's, which does not hand ``packed_seq_params`` to where q, k and v are made."""
+        """As megatron's, which does not hand ``packed_seq_params`` and the angles to where q, k and
+        v are made."""
         self._sequence: SequenceParams | None = sequence_params(packed_seq_params)
+        if isinstance(rotary_pos_emb, Tensor) and self._rotates(**kwargs):
+            self._angles, rotary_pos_emb = rotary_pos_emb, None
+        kwargs |= {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params}
         try:
-            return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
-            self._sequence = None  # it may hold what a piece of a sequence has left
+            # The first may hold what a piece of a sequence has left.
+            self._sequence = self._angles = None
+
+    def _rotates(
+        self, inference_context: Any = None, inference_params: Any = None, **kwargs: Any
+    ) -> bool:
+        """Whether q and k of this call are turned here."""
+        config = self.config
+        if inference_context is not None or inference_params is not None:
+            return False
+        if config.no_rope_freq and config.no_rope_freq[self.layer_number - 1]:
+            return False
+        return splits_and_rotates(config.model, config.kernels, self.world_size)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """q [s, b, heads/tp, hd], k and v [s, b, groups/tp, hd]."""
+        if self._angles is not None:
+            return self._split_and_rotate(self._angles, *args, **kwargs)
         if not self.config.model.short_convolution:
             return super().get_query_key_value_tensors(*args, **kwargs)
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)[:3]
         return self._convolve(query, "q"), self._convolve(key, "k"), self._convolve(value, "v")
+
+    def _split_and_rotate(self, angles: Tensor, *args: Any, **kwargs: Any) -> Any:
+        qkv, _ = super().get_query_key_value_tensors(*args, **kwargs | {"split_qkv": False})
+        return split_and_rotate(
+            qkv,
+            angles,
+            self.num_attention_heads_per_partition,
+            self.num_query_groups_per_partition,
+            self.config.kernels.rotary,
+        )
 
     def _convolve(self, x: Tensor, name: str) -> Tensor:
         taps = getattr(self, f"{name}_conv1d").weight
