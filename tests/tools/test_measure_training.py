@@ -1,4 +1,4 @@
-"""The list of cases that the planner is checked against: each can be run, mistakes are named."""
+"""The lists of cases that are measured: each can be run, mistakes are named."""
 
 import argparse
 import runpy
@@ -17,8 +17,9 @@ def read(path: Path) -> list:
     return TOOL["read_cases"](argparse.Namespace(recipes=None, cases=path))
 
 
-def test_the_cases_are_runs() -> None:
-    cases = read(ROOT / "tools" / "measured_cases.yaml")
+@pytest.mark.parametrize("name", ["measured_cases", "longest_cases"])
+def test_the_cases_are_runs(name: str) -> None:
+    cases = read(ROOT / "tools" / f"{name}.yaml")
     assert len(set(cases)) == len(cases) >= 14
     for case in cases:
         words = ["--config", case.recipe, *TOOL["PRECISIONS"][case.precision], *case.overrides]
