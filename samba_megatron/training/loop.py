@@ -30,7 +30,7 @@ from samba_megatron.training.step import (
     train_step,
 )
 from samba_megatron.training.stragglers import RankTimes
-from samba_megatron.training.timing import Stopwatch, attach_timers
+from samba_megatron.training.timing import StepClock, Stopwatch, attach_timers
 from samba_megatron.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Loop:
             self.chunks, run.config.precision, run.config.logging.log_fp8_health_interval
         )
         self.between, self.nodes, self.slow = Stopwatch(), list[str](), set[int]()
+        self.clock = StepClock()
         self.stream = self._open_stream()
         self.guard = self.recovery = None
         if run.config.faults.skip_spikes:
@@ -107,12 +108,14 @@ class Loop:
         stop = self._stop()
         while stop is None:
             number = self.progress.step + 1
-            self.profiler.before(number)
+            if self.profiler.before(number):
+                self.clock.interrupt()
             try:
                 self._step()
             except NonFiniteStep as bad:
                 return self._end_on_non_finite(bad)
-            self.profiler.after(number)
+            if self.profiler.after(number):
+                self.clock.interrupt()
             self._between_steps()
             stop = self._stop()
         return self._end(stop)
@@ -121,7 +124,7 @@ class Loop:
         number = self.progress.step + 1
         self.watchdog.step(number)
         watch = Stopwatch()
-        start = time.perf_counter()
+        self.clock.begin()
         length = self.config.data.sequence_length
         size = self.run.batches.global_batch_size(self.progress.consumed_tokens // length)
         with watch.measure("data"):
@@ -145,12 +148,14 @@ class Loop:
                 )
         except SkippedStep as skipped:
             self._advance(size)
+            self.clock.interrupt()
             return self._skip(skipped)
         self._advance(size)
         if self.guard is not None:
             self.guard.taken(result.loss, result.grad_norm)
-        seconds = {**watch.seconds, **result.seconds, "step": time.perf_counter() - start}
-        seconds["checkpoint_stall"] = self.between.seconds.pop("checkpoint_stall", 0.0)
+        stall = self.between.seconds.pop("checkpoint_stall", 0.0)
+        seconds = {**watch.seconds, **result.seconds, "step": self.clock.end(stall)}
+        seconds["checkpoint_stall"] = stall
         self._record_step(result.loss, result.grad_norm, lr, size, size * length, seconds)
 
     def _advance(self, size: int) -> None:
@@ -248,6 +253,7 @@ class Loop:
                 self.save(blocking=not self.config.checkpoint.async_save)
         if validates or saves:
             self.stop.agree()  # that may have taken longer than a step
+            self.clock.interrupt()
 
     def _is_due(self, interval: int | None) -> bool:
         """Whether what is done every so many steps is to be done now, before the last step."""

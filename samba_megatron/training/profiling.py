@@ -33,18 +33,22 @@ class StepProfiler:
         self._profiler: Any = None
         self._count = 0
 
-    def before(self, step: int) -> None:
-        """Called before a step; its number."""
-        if step in self._steps and self._profiler is None:
+    def before(self, step: int) -> bool:
+        """Called before a step, with its number; whether that took time."""
+        begins = step in self._steps and self._profiler is None
+        if begins:
             self._guarded(self._start)
+        return begins
 
-    def after(self, step: int) -> None:
-        """Called after a step."""
+    def after(self, step: int) -> bool:
+        """Called after a step, with its number; whether that took time."""
         if self._profiler is None:
-            return
+            return False
         self._count += 1
-        if step + 1 not in self._steps:
+        ends = step + 1 not in self._steps
+        if ends:
             self._guarded(self._finish)
+        return ends
 
     def close(self) -> None:
         """Writes what there is, where the run ends inside the interval."""

@@ -44,6 +44,30 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+class StepClock:
+    """Times steps, each from the end of the one before: the device goes on with an update when the
+    host has left it, and what the host does between two steps is part of the second."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+        self._left: float | None = None
+        self._follows = False
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._follows = self._left is not None
+        self._start = time.perf_counter() if self._left is None else self._left
+
+    def end(self, stalled: float) -> float:
+        """Its seconds, without those that the loop was ``stalled`` since the step before."""
+        self._left = time.perf_counter()
+        return self._left - self._start - (stalled if self._follows else 0.0)
+
+    def interrupt(self) -> None:
+        """Something that is no part of a step took its time: the next one begins when it does."""
+        self._left = None
+
+
 class _Clock:
     """Moments in the compute stream, or on the host where there is none."""
 
