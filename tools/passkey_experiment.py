@@ -195,8 +195,9 @@ def _share_gpus(models: list[str]) -> dict[str, dict[str, str]]:
     """Model → what its processes have in their environment: a GPU of its own, as far as they go."""
     import torch
 
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = itertools.cycle(visible.split(","))
     return {name: {"CUDA_VISIBLE_DEVICES": gpu} for name, gpu in zip(models, gpus, strict=False)}
 
