@@ -66,6 +66,20 @@ def configure_schedule(chunks: "Sequence[Any]", optimizer: Any, parallel: Parall
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
 
+def release(chunks: "Sequence[Any]") -> None:
+    """Undoes :func:`configure_schedule` at the end of a run, so that its memory and the threads of
+    its process groups can go before the process does.
+
+    Python's collector does not see through autograd: the config holds the optimizer, that holds
+    slices of fp32 weights, they hold the accumulators of gradients, and the accumulators' hooks
+    hold megatron's wrapper.
+    """
+    config = get_model_config(chunks[0])
+    config.grad_scale_func = config.no_sync_func = config.timers = None
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+
+
 @contextmanager
 def whole_parameters(chunks: "Sequence[Any]", overlap_param_gather: bool) -> Iterator[None]:
     """Inside, every rank holds all updated parameters and forward passes gather none.

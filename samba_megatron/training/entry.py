@@ -6,6 +6,7 @@ there is no GPU, goes in before megatron.
 """
 
 import dataclasses
+import gc
 import signal
 import time
 from pathlib import Path
@@ -33,7 +34,10 @@ def train(config: RunConfig) -> ExitCode:
     config = resolve_paths(config)
     log = RunLog(Path(str(config.run_dir)), Path(str(config.checkpoint.save)))
     with log.failures_recorded():
-        return _train(config, log)
+        code = _train(config, log)
+    gc.enable()
+    gc.collect()
+    return code
 
 
 def _train(config: RunConfig, log: RunLog) -> ExitCode:

@@ -11,7 +11,7 @@ from samba_megatron.platform.exits import ExitCode
 from samba_megatron.tracking import shipping
 from samba_megatron.tracking.ledger import Cause
 from samba_megatron.tracking.metrics import MetricsFile
-from samba_megatron.training.data_parallel import whole_parameters
+from samba_megatron.training.data_parallel import release, whole_parameters
 from samba_megatron.training.endings import RunLog
 from samba_megatron.training.evaluation import Evaluator
 from samba_megatron.training.fp8_health import Fp8Health, worst
@@ -364,6 +364,7 @@ class Loop:
         self.run.store.close()
         self.stream.close()
         self.watchdog.stop()
+        release(self.chunks)
         self.run.console.say(f"ended with code {int(stop.code)}: {stop.reason}")
         if self.metrics:
             step, code = self.progress.step, int(stop.code)

@@ -1,0 +1,37 @@
+"""A run that is over leaves its memory and its threads to the next one in the same process."""
+
+import gc
+import threading
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+
+from samba_megatron.platform.exits import ExitCode
+from samba_megatron.training.entry import train
+from tests.distributed.run_layouts import configure
+from tests.distributed.toy import toy_config, write_dataset
+
+GLOO_THREADS_OF_THE_WORLD = 8
+"""And whatever else a process keeps once it has trained."""
+
+
+def threads() -> int:
+    """Of this process, the libraries' too."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def wrappers() -> int:
+    """Models in megatron's wrapper, which hold weights, gradients and process groups."""
+    return sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+
+
+def test_nothing_of_a_run_is_left(tmp_path: Path) -> None:
+    prefix = write_dataset(tmp_path)
+    held, began = wrappers(), threads()
+    for number in range(2):
+        run = toy_config(prefix, tmp_path / str(number), **{"training.train_steps": 3})
+        assert train(configure(run)) == ExitCode.DONE
+        assert gc.isenabled()
+        assert wrappers() == held
+        assert threads() <= began + GLOO_THREADS_OF_THE_WORLD
+    assert threading.active_count() <= began
