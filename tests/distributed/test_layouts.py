@@ -128,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_losses_equal_one_process(folder: Path, layout: str) -> None:
     """20 training losses, and the held-out losses half-way and at the end."""

@@ -79,7 +79,7 @@ def launch(
     """Runs the specifications in a world of ``processes``."""
     file = folder / f"specs_{processes}_{abs(hash(json.dumps(specs)))}.json"
     file.write_text(json.dumps(specs))
-    run_ranks(f"tests.distributed.{program}", processes, file, timeout=900)
+    run_ranks(f"tests.distributed.{program}", processes, file, timeout=1500)
 
 
 def losses(run_dir: Path, kind: str = "train") -> list[float]:
