@@ -94,17 +94,12 @@ def kernel_times(trace: Trace, steps: int) -> dict[str, Any]:
         kinds[kernel["kind"]] += kernel["milliseconds"]
     gaps = idle_gaps(trace.kernels)
     kinds["idle"] = sum(gap.milliseconds for gap in gaps) / steps
-    longest = sorted(gaps, key=lambda gap: -gap.milliseconds)[:20]
     return {
         "steps": steps,
         "kinds": dict(sorted(kinds.items(), key=lambda kind: -kind[1])),
         "kernels": _by_time(kernels),
         "idle": idle_places(trace, gaps, steps),
         "operators": operators(work, steps),
-        "longest_gaps": [
-            {"milliseconds": gap.milliseconds, "after": gap.after.name, "before": gap.before.name}
-            for gap in longest
-        ],
     }
 
 
@@ -205,8 +200,6 @@ def describe(times: dict[str, Any]) -> str:
         lines += _largest(times["idle"], 15, _idle_lines)
     lines += ["", f"Who launches {', '.join(_BY_OPERATOR)}: operator and its inputs"]
     lines += _largest(times["operators"], 40, _operator_lines)
-    lines += ["", "Longest times without a kernel, ms"]
-    lines += [f"{gap['milliseconds']:11.3f}  {_between(gap)}" for gap in times["longest_gaps"]]
     return "\n".join(lines) + "\n"
 
 

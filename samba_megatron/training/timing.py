@@ -51,17 +51,16 @@ class StepClock:
     def __init__(self) -> None:
         self._start = 0.0
         self._left: float | None = None
-        self._follows = False
 
     def begin(self) -> None:
         """A step begins."""
-        self._follows = self._left is not None
         self._start = time.perf_counter() if self._left is None else self._left
 
     def end(self, stalled: float) -> float:
         """Its seconds, without those that the loop was ``stalled`` since the step before."""
+        start = self._start + stalled if self._start == self._left else self._start
         self._left = time.perf_counter()
-        return self._left - self._start - (stalled if self._follows else 0.0)
+        return self._left - start
 
     def interrupt(self) -> None:
         """Something that is no part of a step took its time: the next one begins when it does."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from samba_megatron.platform.exits import ExitCode
 from samba_megatron.training import loop
@@ -18,9 +18,13 @@ from tests.distributed.run_layouts import configure
 from tests.distributed.toy import losses, toy_config, write_dataset
 
 STEPS = 6
+READS = {
+    getattr(torch.Tensor, name)
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero")
+}
 
 
-class Waits(TorchDispatchMode):
+class Waits(TorchFunctionMode):
     """Counts numbers read, within steps and between them."""
 
     def __init__(self) -> None:
@@ -38,8 +42,8 @@ class Waits(TorchDispatchMode):
         self.in_step = False
         self.between.append(0)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and self.within:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS and self.within:
             counts = self.within if self.in_step else self.between
             counts[-1] += 1
         return func(*args, **(kwargs or {}))
