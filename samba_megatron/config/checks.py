@@ -6,7 +6,7 @@ so that one start reports everything that is wrong.
 
 from typing import Literal
 
-from samba_megatron.config.rules import batch, layout, model, numbers, precision, run
+from samba_megatron.config.rules import batch, graphs, layout, model, numbers, precision, run
 from samba_megatron.config.rules.situation import Rule, Situation
 from samba_megatron.config.run import RunConfig
 from samba_megatron.platform.errors import UserError
@@ -19,6 +19,7 @@ RULES: tuple[Rule, ...] = (
     *layout.RULES,
     *batch.RULES,
     *precision.RULES,
+    *graphs.RULES,
     *run.RULES,
 )
 """The rules across fields, in the order in which they are reported."""

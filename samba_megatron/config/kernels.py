@@ -39,7 +39,17 @@ class KernelsConfig:
     """Transformer Engine's linears add their weights' gradients to the gradient buffer as part of
     the matrix product, instead of making them first and adding then."""
 
+    cuda_graph_impl: Literal["none", "full_iteration"] = "none"
+    """``full_iteration`` records forward and backward of a step as one CUDA graph, and replays it:
+    where micro-batches are so small that the GPU waits for Python. It takes no more time where they
+    are not, but activations' memory stays taken between steps."""
+
     cross_entropy: Literal["auto", "megatron", "transformer_engine", "chunked"] = "auto"
     """Vocabulary-parallel cross-entropy: megatron-core's, Transformer Engine's fused one, or
     ``chunked``, which is one with the head and holds the logits of a few thousand tokens at a
     time, never of a whole micro-batch."""
+
+    @property
+    def uses_graph(self) -> bool:
+        """Whether a step is recorded and replayed."""
+        return self.cuda_graph_impl != "none"

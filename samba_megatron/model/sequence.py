@@ -44,6 +44,9 @@ class SequenceParams(PackedSeqParams):
     document_start: Tensor | None = None
     """``reset`` on the CPU, [b, s]: what makes something of it there need not wait for a device."""
 
+    room: int | None = None
+    """Packed forms are made for so many documents, whatever there are; None: for those."""
+
     _packed: dict[tuple[int, int, int], PackedDocuments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,9 +75,30 @@ class SequenceParams(PackedSeqParams):
             return None
         stretch = (keys.start, keys.stop, queries)
         if stretch not in self._packed:
-            documents = pack_documents(self.document_start.t()[keys], queries)
-            self._packed[stretch] = documents.to(self.reset.device)
+            self._packed[stretch] = self._pack(stretch).to(self.reset.device)
         return self._packed[stretch]
+
+    def _pack(self, stretch: tuple[int, int, int]) -> PackedDocuments:
+        """Of (first key, one past the last, queries); on the CPU."""
+        assert self.document_start is not None
+        start, stop, queries = stretch
+        documents = pack_documents(self.document_start.t()[start:stop], queries)
+        return documents if self.room is None else documents.filled(self.room, stop - start)
+
+    def renew(self, document_start: Tensor) -> None:
+        """The sequences of another batch, in the memory of these.
+
+        Args:
+            document_start: of the same shape, on the CPU, with no more documents than there is
+                ``room`` for.
+        """
+        assert self.reset is not None and self.room is not None
+        self.document_start = document_start
+        self.reset.copy_(document_start.t(), non_blocking=True)
+        for stretch, packed in self._packed.items():
+            new = self._pack(stretch)
+            packed.query_ends.copy_(new.query_ends, non_blocking=True)
+            packed.key_ends.copy_(new.key_ends, non_blocking=True)
 
 
 def documents_apart(

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from samba_megatron.config import RunConfig
@@ -46,13 +47,29 @@ def _train(config: RunConfig, log: RunLog) -> ExitCode:
     rank = join_world(config)
     phases = {"imports and world": time.perf_counter() - start}
 
+    from samba_megatron.training.graphed_schedule import recordable
+
+    with recordable() if config.kernels.uses_graph else nullcontext():
+        code = _run(config, rank, phases, stop, log)
+    # Not after an exception: the peers may be anywhere, and leaving together would wait for them.
+    distributed.leave_layout()
+    return code
+
+
+def _run(
+    config: RunConfig,
+    rank: distributed.Rank,
+    phases: dict[str, float],
+    stop: StopRequest,
+    log: RunLog,
+) -> ExitCode:
     from samba_megatron.training.loop import Loop
     from samba_megatron.training.setup import set_up
 
     run = set_up(config, rank, phases)
     loop = Loop(run, stop, log)
     try:
-        code = loop.run_to_end()
+        return loop.run_to_end()
     except BaseException as error:
         loop.watchdog.judge(error)
         _end_in_any_case()
@@ -60,9 +77,6 @@ def _train(config: RunConfig, log: RunLog) -> ExitCode:
     finally:
         run.console.stop()
         loop.watchdog.stop()
-    # Not after an exception: the peers may be anywhere, and leaving together would wait for them.
-    distributed.leave_layout()
-    return code
 
 
 def _end_in_any_case() -> None:

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from samba_megatron.config import RunConfig
 from samba_megatron.data.held_out import held_out_blocks
 from samba_megatron.data.stream import Batch, SampleDataset, evaluation_batches
-from samba_megatron.training.step import mean_loss, needs_tokens, own_piece, run_schedule
+from samba_megatron.training.schedule import mean_loss, needs_tokens, own_piece, run_schedule
 
 
 @dataclass(frozen=True)

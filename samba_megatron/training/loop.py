@@ -15,20 +15,16 @@ from samba_megatron.training.data_parallel import release, whole_parameters
 from samba_megatron.training.endings import RunLog
 from samba_megatron.training.evaluation import Evaluator
 from samba_megatron.training.fp8_health import Fp8Health, worst
+from samba_megatron.training.graphed_schedule import GraphedSchedule
 from samba_megatron.training.layer_norms import LayerNorms
 from samba_megatron.training.profiling import StepProfiler
 from samba_megatron.training.report import Rates, start_record
 from samba_megatron.training.rollback import Recovery
+from samba_megatron.training.schedule import needs_data, needs_tokens, own_piece, run_schedule
 from samba_megatron.training.setup import Run
 from samba_megatron.training.signals import Stop, StopRequest
 from samba_megatron.training.spikes import SkippedStep, SpikeGuard, watch_grad_norm
-from samba_megatron.training.step import (
-    NonFiniteStep,
-    needs_data,
-    needs_tokens,
-    own_piece,
-    train_step,
-)
+from samba_megatron.training.step import NonFiniteStep, train_step
 from samba_megatron.training.stragglers import RankTimes
 from samba_megatron.training.timing import StepClock, Stopwatch, attach_timers
 from samba_megatron.training.watchdog import Watchdog
@@ -59,6 +55,7 @@ class Loop:
         )
         self.between, self.nodes, self.slow = Stopwatch(), list[str](), set[int]()
         self.clock = StepClock()
+        self.graphed = GraphedSchedule() if run.config.kernels.uses_graph else None
         self.stream = self._open_stream()
         self.guard = self.recovery = None
         if run.config.faults.skip_spikes:
@@ -145,6 +142,7 @@ class Loop:
                     stop=self.stop,
                     timers=self.timers,
                     before_update=self._record_layers,
+                    schedule=self.graphed or run_schedule,
                 )
         except SkippedStep as skipped:
             self._advance(size)
@@ -176,6 +174,8 @@ class Loop:
         with self.watchdog.phase("save"):
             self._report_save(self.run.store.wait())
             self.recovery.roll_back()
+        if self.graphed is not None:
+            self.graphed.forget()
         self.stream = self._open_stream()
 
     def _record_step(

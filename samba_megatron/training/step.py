@@ -1,15 +1,13 @@
 """One optimizer step: forward and backward over the micro-batches, checks, update."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import (
     EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
     RerunDataIterator,
@@ -19,28 +17,19 @@ from megatron.core.rerun_state_machine import (
     get_rerun_state_machine,
     initialize_rerun_state_machine,
 )
-from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from samba_megatron.config.data import DataConfig
-from samba_megatron.data.stream import Batch, Piece
-from samba_megatron.model.head import Losses, SummedLosses
-from samba_megatron.model.sequence import SequenceParams, documents_apart, piece_of
-from samba_megatron.ops.continued import Past
+from samba_megatron.data.stream import Batch
 from samba_megatron.platform import distributed
 from samba_megatron.platform.exits import ExitCode
 from samba_megatron.platform.hardware import node_name
 from samba_megatron.training import nonfinite
-from samba_megatron.training.pieces import InPieces
+from samba_megatron.training.schedule import Reports, Schedule, mean_loss, run_schedule
 from samba_megatron.training.spikes import SkippedStep, SpikeGuard
 from samba_megatron.training.timing import StepTimers, Stopwatch
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from samba_megatron.training.signals import StopRequest
-
-_FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 @dataclass
@@ -53,136 +42,6 @@ class StepResult:
     """Global gradient norm before clipping."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of the parts."""
-
-
-def forward_step(
-    iterator: Iterator[Batch | None], model: "nn.Module", end_to_end: bool = False
-) -> tuple[Losses, Any]:
-    """megatron's forward step: one micro-batch through one model chunk, side by side or end to end.
-
-    Returns the chunk's output and the function that turns the last chunk's output (losses
-    [b, s], or their sum) into (summed loss, tokens, what to report).
-    """
-    batch = next(iterator)
-    sequence = _sequence(batch, end_to_end)
-    if end_to_end and sequence is None:
-        raise ValueError("sequences end to end need to be told where documents begin")
-    if batch is None or "tokens" not in batch:  # between the first stage and the last
-        return model(None, None, None, packed_seq_params=sequence), None
-    return _losses(batch, sequence, model)
-
-
-def piece_step(batch: Batch, past: Past, model: "nn.Module") -> tuple[Losses, Any]:
-    """The same of one piece of the sequences of a micro-batch, whose batch has the piece's tokens
-    and where the documents of the whole sequences begin."""
-    tokens = batch["tokens"]
-    assert tokens is not None
-    return _losses(batch, piece_of(_sequence(batch), tokens.shape[1], past), model)
-
-
-def _losses(
-    batch: Batch, sequence: SequenceParams | None, model: "nn.Module"
-) -> tuple[Losses, Any]:
-    tensors = [
-        batch[name].to(distributed.device(), non_blocking=True)  # type: ignore[union-attr]
-        for name in _FIELDS
-    ]
-    if sequence is not None and sequence.sequences > 1:
-        tensors = [tensor.reshape(1, -1) for tensor in tensors]
-    tokens, labels, loss_mask, position_ids = tensors
-    losses = model(
-        tokens, position_ids, None, labels=labels, loss_mask=loss_mask, packed_seq_params=sequence
-    )
-    return losses, partial(summed_loss, loss_mask)
-
-
-def _sequence(batch: Batch | None, end_to_end: bool = False) -> SequenceParams | None:
-    """Where the documents of a micro-batch begin, if they stay apart."""
-    start = batch.get("document_start") if batch is not None else None
-    return None if start is None else documents_apart(start, distributed.device(), end_to_end)
-
-
-def summed_loss(loss_mask: Tensor, losses: Losses) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum of the losses that count, their number, both detached for the report).
-
-    megatron divides the gradients once by the number over the whole batch, so that the result
-    does not depend on how it was cut. A head that has the loss in it has summed by the same mask.
-    """
-    total = losses.total if isinstance(losses, SummedLosses) else (losses.float() * loss_mask).sum()
-    count = loss_mask.sum()
-    report = torch.stack([total.detach(), count])
-    return total, count.to(torch.int), {"loss": report}
-
-
-def own_piece() -> Piece:
-    """What this rank has of each sequence."""
-    return Piece(
-        parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    )
-
-
-def needs_tokens() -> bool:
-    """Whether this pipeline stage is the first (tokens) or the last (labels)."""
-    return parallel_state.is_pipeline_first_stage(
-        ignore_virtual=True
-    ) or parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-
-
-def needs_data(data: DataConfig) -> bool:
-    """Whether this pipeline stage reads batches: tokens, or where documents begin."""
-    return needs_tokens() or data.reset_at_document_boundaries
-
-
-def run_schedule(
-    chunks: "Sequence[nn.Module]",
-    iterators: Sequence[Iterator[Batch | None]],
-    num_microbatches: int,
-    sequence_length: int,
-    micro_batch_size: int,
-    forward_only: bool,
-    pieces: int | None = None,
-) -> list[dict[str, Tensor]]:
-    """Runs megatron's pipeline schedule; returns what the last stage reports, elsewhere [].
-
-    ``pieces`` are those of a sequence where they are not as many as in training.
-    """
-    config = get_model_config(chunks[0])
-    step: Callable[..., tuple[Losses, Any]] = forward_step
-    pieces = pieces or config.sequence_pieces
-    if pieces > 1:
-        exact = config.sequence_piece_gradients == "exact"
-        step = InPieces(piece_step, pieces, exact).forward_step
-        num_microbatches *= pieces
-        sequence_length //= pieces
-    elif config.sequences_end_to_end and micro_batch_size > 1:
-        step = partial(forward_step, end_to_end=True)
-        sequence_length, micro_batch_size = sequence_length * micro_batch_size, 1
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
-        model=list(chunks),
-        num_microbatches=num_microbatches,
-        seq_length=sequence_length,
-        micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
-    )
-
-
-def mean_loss(reports: list[dict[str, Tensor]]) -> Tensor:
-    """Mean loss over all counted tokens of all ranks, on every rank (fp64 scalar)."""
-    total = torch.zeros(2, dtype=torch.float64, device=distributed.device())
-    for report in reports:
-        total += report["loss"].double()
-    torch.distributed.all_reduce(
-        total, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(
-            total,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return total[0] / total[1].clamp(min=1)
 
 
 def gradients_are_finite(chunks: "Sequence[Any]") -> Tensor:
@@ -222,6 +81,7 @@ def train_step(
     stop: "StopRequest | None" = None,
     timers: StepTimers | None = None,
     before_update: Callable[[], None] | None = None,
+    schedule: Schedule = run_schedule,
 ) -> StepResult:
     """Forward, backward, check, update.
 
@@ -235,6 +95,7 @@ def train_step(
         stop: the ranks agree on it while they judge.
         timers: those of the chunks' schedules (:func:`attach_timers`), for the parts' times.
         before_update: called on every rank when the gradients are whole and judged.
+        schedule: what computes the gradients.
 
     Raises:
         NonFiniteStep: before any weight has changed.
@@ -243,7 +104,7 @@ def train_step(
     watch = Stopwatch()
     with watch.measure("forward_backward"), timers.step() if timers else nullcontext():
         loss = _forward_backward(
-            chunks, optimizer, batches, sequence_length, micro_batch_size, guard, stop
+            chunks, optimizer, batches, sequence_length, micro_batch_size, guard, stop, schedule
         )
     # The device has just been waited for: reading its times costs nothing.
     parts = timers.read() if timers else {}
@@ -264,6 +125,7 @@ def _forward_backward(
     micro_batch_size: int,
     guard: SpikeGuard | None,
     stop: "StopRequest | None",
+    schedule: Schedule,
 ) -> float:
     """Gradients of one step in the buffers; its mean loss. Runs again where a rank's result is
     not finite and the rerun state machine wants to know whether that can be repeated."""
@@ -274,9 +136,7 @@ def _forward_backward(
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        reports = run_schedule(
-            chunks, iterators, len(batches), sequence_length, micro_batch_size, forward_only=False
-        )
+        reports = schedule(chunks, iterators, len(batches), sequence_length, micro_batch_size)
         judged = torch.stack([mean_loss(reports), gradients_are_finite(chunks).double()])
         loss, gradients_finite = judged.tolist()  # the device is waited for, once
         finite = bool(gradients_finite) and math.isfinite(loss)
@@ -295,7 +155,7 @@ def _forward_backward(
         raise NonFiniteStep(ExitCode.BAD_NODE, sentence, nodes[0] if len(nodes) == 1 else None)
 
     # The machine judges no first step of a process, and none when it is disabled.
-    def run_forward() -> list[dict[str, Tensor]]:
+    def run_forward() -> Reports:
         again = [iter(batches) for _ in chunks]
         return run_schedule(
             chunks, again, len(batches), sequence_length, micro_batch_size, forward_only=True
@@ -328,7 +188,7 @@ def _judge(
         raise SkippedStep(odd or "another rank takes the loss for an outlier", loss)
 
 
-def _are_finite(reports: list[dict[str, Tensor]]) -> bool:
+def _are_finite(reports: Reports) -> bool:
     return all(bool(report["loss"].isfinite().all()) for report in reports)
 
 

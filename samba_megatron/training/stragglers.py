@@ -76,7 +76,8 @@ class RankTimes:
 
     def add(self, parts: dict[str, float]) -> None:
         """A step's parts, as the step's timers give them."""
-        self._seconds.append(parts.get("forward", 0.0) + parts.get("backward", 0.0))
+        computing = ("forward", "backward", "graph")
+        self._seconds.append(sum(parts.get(name, 0.0) for name in computing))
 
     def compare(self, step: int, nodes: Sequence[str]) -> Comparison | None:
         """Where the interval ends with ``step``, on every rank alike; else None.

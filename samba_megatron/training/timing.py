@@ -19,6 +19,7 @@ _UPDATE = "optimizer"
 _NAMES = {
     "forward-compute": "forward",
     "backward-compute": "backward",
+    "graph": "graph",
     "all-grads-sync": "gradient_reduce",
     "non-tensor-parallel-grads-all-reduce": "gradient_reduce",
     "embedding-grads-all-reduce": "gradient_reduce",
@@ -167,10 +168,10 @@ class StepTimers:
     def read(self) -> dict[str, float]:
         """Seconds by part, when the device is known to be past this step's backward pass.
 
-        ``forward`` and ``backward`` (with recomputation) of all micro-batches; ``gradient_reduce``,
-        what of it is not hidden behind the backward pass; ``bubble``, the rest of a pipeline's
-        time. ``optimizer`` is the update before this step, whose work lies in its time: the device
-        is not made to wait for the update after it.
+        ``forward`` and ``backward`` (with recomputation) of all micro-batches, or ``graph`` where
+        one CUDA graph is both; ``gradient_reduce``, what of it is not hidden behind the backward
+        pass; ``bubble``, the rest of a pipeline's time. ``optimizer`` is the update before this
+        step, whose work lies in its time: the device is not made to wait for the update after it.
         """
         taken: dict[str, float] = {}
         for name, part in self._parts.items():

@@ -453,6 +453,22 @@ def test_what_needs_a_gpu_is_refused_without_one(forced):
     assert sentences(forced, device_type="cuda") == []
 
 
+def test_what_a_graph_cannot_record_is_refused():
+    graph = {"kernels.cuda_graph_impl": "full_iteration"}
+    apart = {"parallel.overlap_grad_reduce": False, "parallel.overlap_param_gather": False}
+    assert sentences(graph | apart, device_type="cuda") == []
+    assert "needs an NVIDIA GPU" in the_sentence(graph | apart, device_type="cpu")
+    for field, value in (
+        ("parallel.sequence_pieces", 2),
+        ("parallel.recompute_granularity", "full"),
+        ("parallel.overlap_grad_reduce", True),
+        ("logging.log_layer_norms_interval", 5),
+        ("logging.log_fp8_health_interval", 5),
+    ):
+        said = the_sentence(graph | apart | {field: value}, device_type="cuda")
+        assert said.startswith("kernels.cuda_graph_impl full_iteration") and field in said
+
+
 def test_weights_of_data_may_be_given_or_not():
     for entries in (["a"], ["a", "b"], ["0.3", "a", "0.7", "b"], ["1", "/x y/a"]):
         assert sentences({"data.data_path": entries}) == []

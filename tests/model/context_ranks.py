@@ -26,7 +26,7 @@ from samba_megatron.config.parallel import RECOMPUTABLE_PARTS
 from samba_megatron.model.samba import build_model
 from samba_megatron.model.sequence import documents_apart
 from samba_megatron.platform import distributed
-from samba_megatron.training.step import own_piece
+from samba_megatron.training.schedule import own_piece
 from tests.model.isolation import LENGTH, SEQUENCES, TORCH, VOCABULARY, Packing, packings, toy_run
 
 SELECTIVE: dict[str, Any] = {

@@ -20,7 +20,7 @@ from samba_megatron.data.stream import Batch
 from samba_megatron.model.backend import Implementation
 from samba_megatron.model.samba import build_model
 from samba_megatron.platform import distributed
-from samba_megatron.training.step import own_piece, run_schedule
+from samba_megatron.training.schedule import own_piece, run_schedule
 
 LENGTH, SEQUENCES, MICRO_BATCHES, VOCABULARY = 160, 2, 2, 64
 EDGES = [1, 2, 15, 16, 17, 79, 80, 81, 127, 128, 129, 159]

@@ -18,7 +18,15 @@ def read(path: Path) -> list:
 
 
 @pytest.mark.parametrize(
-    "name", ["measured_cases", "longest_cases", "head_cases", "kernel_cases", "recomputation_cases"]
+    "name",
+    [
+        "measured_cases",
+        "longest_cases",
+        "head_cases",
+        "kernel_cases",
+        "recomputation_cases",
+        "graph_cases",
+    ],
 )
 def test_the_cases_are_runs(name: str) -> None:
     cases = read(ROOT / "tools" / f"{name}.yaml")

@@ -26,6 +26,22 @@ class PackedDocuments(NamedTuple):
             key_ends=self.key_ends.to(device, non_blocking=True),
         )
 
+    def filled(self, room: int, longest: int) -> "PackedDocuments":
+        """The same with empty documents at the end, ``room`` in all, none longer than ``longest``:
+        what a graph of a GPU's kernels can be given again and again.
+
+        Raises:
+            ValueError: there are more documents.
+        """
+        missing = room + 1 - len(self.query_ends)
+        if missing < 0:
+            raise ValueError(f"{len(self.query_ends) - 1} documents have no place in {room}")
+        queries, keys = (
+            torch.cat([ends, ends[-1:].expand(missing)])
+            for ends in (self.query_ends, self.key_ends)
+        )
+        return PackedDocuments(queries, keys, longest, longest)
+
 
 PackedStretches = Callable[[slice, int], PackedDocuments | None]
 """(positions of the keys in the whole sequence, how many queries end them) → their documents."""
