@@ -24,7 +24,10 @@ _RECENT = 20
 """Steps whose median is the speed."""
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 _NARROW = 60
-_PARTS = ("data", "forward", "backward", "forward_backward", "gradient_reduce", "optimizer")
+_PARTS = (
+    *("data", "forward", "backward", "graph"),
+    *("forward_backward", "gradient_reduce", "optimizer"),
+)
 
 Record = dict[str, Any]
 
@@ -227,7 +230,7 @@ class Panel:
         seconds = self._state.newest["seconds"]
         yield f"step {seconds['step']:.3g} s"
         parts = [name for name in _PARTS if name in seconds]
-        if "forward" in parts:
+        if "forward" in parts or "graph" in parts:
             parts.remove("forward_backward")
         for name in parts:
             share = seconds[name] / (seconds["step"] or 1.0)

@@ -23,7 +23,7 @@ _STRETCHES = 120
 """Of a chart of means."""
 _DIGITS = 6
 
-_FINE_PARTS = ("data", "forward", "backward", "gradient_reduce", "bubble", "optimizer")
+_FINE_PARTS = ("data", "forward", "backward", "graph", "gradient_reduce", "bubble", "optimizer")
 _COARSE_PARTS = ("data", "forward_backward", "optimizer")
 _SINGLE = (
     ("learning rate", "", "lr", None),
