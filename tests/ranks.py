@@ -2,11 +2,13 @@
 imports torch itself. That ranks start by torchrun, as a user's do, is for other tests."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -19,9 +21,10 @@ def run_ranks(module: str, world_size: int, *arguments: object, timeout: float =
     Raises:
         AssertionError: with the output, if a rank fails or takes longer than ``timeout`` seconds.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Nobody to meet, no port.
+    meeting = (
+        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if world_size > 1 else {}
+    )
     logs: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(world_size)]  # noqa: SIM115
     ranks = [
         subprocess.Popen(
@@ -30,8 +33,7 @@ def run_ranks(module: str, world_size: int, *arguments: object, timeout: float =
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                **meeting,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
@@ -57,6 +59,15 @@ def run_ranks(module: str, world_size: int, *arguments: object, timeout: float =
     text = "\n".join(filter(None, (read(log).strip() for log in logs)))
     assert codes == [0] * world_size, f"{module} ended with {codes}\n{text[-8000:]}"
     return text
+
+
+def free_port() -> int:
+    """Below those that Linux gives to whoever asks for any: the ranks take it seconds later."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def read(log: IO[bytes]) -> str:

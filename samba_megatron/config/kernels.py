@@ -25,15 +25,15 @@ class KernelsConfig:
 
     rms_norm: Literal["auto", "transformer_engine", "triton", "torch"] = "auto"
     """The layers' norms: inside Transformer Engine's linears, or this project's, which add the
-    residual stream's gradient to the norm's in one pass; ``auto`` is Transformer Engine's where
-    that is the implementation, else the fastest that can run."""
+    residual stream's gradient to the norm's in one pass; ``auto`` is this project's, unless the
+    residual stream is kept in fp32."""
 
     rotary: Literal["auto", "megatron", "triton", "torch"] = "auto"
     """The attention layers' rotary embedding: ``triton`` and ``torch`` are this project's, one with
-    the split of the joined projection into queries, keys and values, in one pass each way; ``auto``
-    is ``megatron``: apart from it, by Transformer Engine's kernel where its layers are used. So it
-    is with a short convolution, which comes between the two, and where tensor-parallel ranks share
-    a key/value head."""
+    the split of the joined projection into queries, keys and values, in one pass each way;
+    ``megatron`` is apart from it, by Transformer Engine's kernel where its layers are used. So it
+    is, whatever is chosen, with a short convolution, which comes between the two, and where
+    tensor-parallel ranks share a key/value head. ``auto`` is ``triton`` on a GPU."""
 
     gradient_accumulation_fusion: bool = True
     """Transformer Engine's linears add their weights' gradients to the gradient buffer as part of

@@ -74,7 +74,7 @@ def build_backend(implementation: Implementation, config: RunConfig) -> Backend:
             "kernels.rms_norm transformer_engine needs Transformer Engine's linears, and it is not "
             "installed (make setup-gpu): use auto, triton or torch"
         )
-    own_norm = config.kernels.rms_norm not in ("auto", "transformer_engine")
+    own_norm = has_own_norm(config)
     if implementation == "local":
         backend = _local()
     else:
@@ -85,6 +85,17 @@ def build_backend(implementation: Implementation, config: RunConfig) -> Backend:
 
         backend = replace(backend, layer_norm=RMSNormWithResidual)
     return _letting_go(backend, recomputed)
+
+
+def has_own_norm(config: RunConfig) -> bool:
+    """Whether this project's norms stand before Transformer Engine's linears: by itself where
+    Triton can compile them, and the residual stream is not kept in fp32."""
+    wanted = config.kernels.rms_norm
+    if wanted != "auto":
+        return wanted != "transformer_engine"
+    from samba_megatron.ops.rms_norm.triton_rms_norm import BACKEND
+
+    return not config.precision.fp32_residual_connection and BACKEND.unavailable() is None
 
 
 def _letting_go(backend: Backend, recomputed: Collection[str]) -> Backend:

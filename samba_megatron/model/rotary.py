@@ -57,8 +57,12 @@ def splits_and_rotates(model: ModelConfig, kernels: KernelsConfig, tensor_parall
         kernels: choices of implementation.
         tensor_parallel: ranks that share the heads.
     """
+    from samba_megatron.ops.rotary.triton_rotary import BACKEND
+
+    wanted = kernels.rotary
+    own = BACKEND.unavailable() is None if wanted == "auto" else wanted != "megatron"
     return (
-        kernels.rotary in ("triton", "torch")
+        own
         and model.position_embedding_type == "rope"
         and not model.short_convolution
         and tensor_parallel <= model.kv_heads

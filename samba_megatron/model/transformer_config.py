@@ -162,6 +162,25 @@ def _recomputation(config: RunConfig) -> dict[str, Any]:
     return fields
 
 
+_COUNTED_IN_32_BITS = 1 << 31
+"""Transformer Engine's rotary kernel computes a number's place as an int, and reads elsewhere past
+that many."""
+
+
+def tokens_at_once(config: RunConfig) -> int:
+    """Of a micro-batch, those that a rank's layers have at a time."""
+    parallel, pieces = config.parallel, config.parallel.sequence_pieces
+    length = config.data.sequence_length // (parallel.context_parallel_size * pieces)
+    return config.training.micro_batch_size * length
+
+
+def _queries_and_keys(config: RunConfig) -> int:
+    """Numbers in a rank's joined projection."""
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    width = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim // tensor
+    return tokens_at_once(config) * width
+
+
 def _fusions(config: RunConfig, implementation: Implementation) -> dict[str, Any]:
     with_te = implementation == "transformer_engine"
     cross_entropy = config.kernels.cross_entropy
@@ -175,7 +194,7 @@ def _fusions(config: RunConfig, implementation: Implementation) -> dict[str, Any
         # megatron's own linears would need Apex for it; Transformer Engine's are told by
         # training.data_parallel.
         "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": with_te,
+        "apply_rope_fusion": with_te and _queries_and_keys(config) < _COUNTED_IN_32_BITS,
         "cross_entropy_loss_fusion": fused_loss,
         "cross_entropy_fusion_impl": "te",
     }

@@ -39,6 +39,24 @@ class Request:
     """Dimensions that a kernel may be particular about, such as "head_dim"."""
 
 
+def span(x: torch.Tensor) -> int:
+    """Numbers in memory from the first of ``x`` to the last: a view's may be far apart."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+COUNTED_IN_32_BITS = 1 << 32
+"""Kernels of causal-conv1d and mamba-ssm compute a number's place in 32 bits: past that many they
+read and write elsewhere, without a word."""
+
+
+def beyond_32_bits(request: Request) -> str | None:
+    """The reason why such a kernel cannot serve a request, or None."""
+    numbers = request.sizes.get("span", 0)
+    if numbers < COUNTED_IN_32_BITS:
+        return None
+    return f"it counts in 32 bits, and {numbers:,} numbers are more"
+
+
 def _refuses_nothing(request: Request) -> str | None:
     return None
 

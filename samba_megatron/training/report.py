@@ -150,7 +150,7 @@ def chosen_kernels(run: Run) -> dict[str, str]:
 def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
     """The kernels that the dispatch takes for this run's tensors; a forced one that cannot serve
     them is refused here, before the first step."""
-    from samba_megatron.model.transformer_config import params_dtype
+    from samba_megatron.model.transformer_config import params_dtype, tokens_at_once
     from samba_megatron.ops.causal_conv1d.dispatch import CAUSAL_CONV1D
     from samba_megatron.ops.linear_cross_entropy.dispatch import LINEAR_CROSS_ENTROPY
     from samba_megatron.ops.registry import AUTO, Request
@@ -177,6 +177,7 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
                 "d_state": model.d_state,
                 "head_dim": model.head_dim,
                 "row": model.hidden_size,
+                "span": 2 * channels * tokens_at_once(config),
             },
         )
 
@@ -201,14 +202,14 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
 
 
 def _norm(config: RunConfig, implementation: str, request: Any) -> str:
+    from samba_megatron.model.backend import has_own_norm
     from samba_megatron.ops.rms_norm.dispatch import RMS_NORM
 
-    kernel = config.kernels.rms_norm
-    if implementation == "transformer_engine" and kernel in ("auto", "transformer_engine"):
+    if implementation == "transformer_engine" and not has_own_norm(config):
         return "transformer_engine"
     if config.precision.fp32_residual_connection:
         return "torch"
-    return RMS_NORM.choose(kernel, request).name
+    return RMS_NORM.choose(config.kernels.rms_norm, request).name
 
 
 def _rotary(config: RunConfig, implementation: str, request: Any) -> dict[str, str]:

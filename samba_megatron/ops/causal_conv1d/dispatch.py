@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from samba_megatron.ops.causal_conv1d import package_kernel, reference, torch_conv
-from samba_megatron.ops.registry import AUTO, Operation, Request
+from samba_megatron.ops.registry import AUTO, Operation, Request, span
 
 CAUSAL_CONV1D = Operation(
     "causal_conv1d", [package_kernel.BACKEND, torch_conv.BACKEND, reference.BACKEND]
@@ -44,7 +44,7 @@ def causal_conv1d(
         device=x.device.type,
         dtype=x.dtype,
         features=frozenset(name for name, used in features.items() if used),
-        sizes={"channels": x.shape[2], "width": weight.shape[1]},
+        sizes={"channels": x.shape[2], "width": weight.shape[1], "span": span(x)},
     )
     return CAUSAL_CONV1D.choose(backend, request).run(x, weight, bias, initial_state, reset)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from samba_megatron.ops.registry import CUDA_ONLY, FLOAT_DTYPES, Backend, Request
+from samba_megatron.ops.registry import CUDA_ONLY, FLOAT_DTYPES, Backend, Request, beyond_32_bits
 
 
 def _load() -> Callable[..., Tensor]:
@@ -54,7 +54,7 @@ def _refuses(request: Request) -> str | None:
         return f"it takes channels in multiples of 8, not {request.sizes['channels']}"
     if {"initial_state", "reset"} <= request.features:
         return "it does not take initial_state together with reset"
-    return None
+    return beyond_32_bits(request)
 
 
 BACKEND = Backend(

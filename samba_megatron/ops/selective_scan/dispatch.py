@@ -75,7 +75,7 @@ def selective_scan(
         device=u.device.type,
         dtype=u.dtype,
         features=frozenset(name for name, used in features.items() if used),
-        sizes={"d_state": A.shape[1]},
+        sizes={"d_state": A.shape[1], "span": u.numel()},
     )
     joined = {} if carry is None else {"carry": carry}
     y, final_state = SELECTIVE_SCAN.choose(backend, request).run(

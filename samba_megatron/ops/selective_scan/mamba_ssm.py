@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from samba_megatron.ops.registry import CUDA_ONLY, FLOAT_DTYPES, Backend, Request
+from samba_megatron.ops.registry import CUDA_ONLY, FLOAT_DTYPES, Backend, Request, beyond_32_bits
 
 MAX_STATE = 256
 """The largest d_state the kernel is built for."""
@@ -61,7 +61,9 @@ def _time_last(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _refuses(request: Request) -> str | None:
     d_state = request.sizes["d_state"]
-    return f"it takes d_state up to {MAX_STATE}, not {d_state}" if d_state > MAX_STATE else None
+    if d_state > MAX_STATE:
+        return f"it takes d_state up to {MAX_STATE}, not {d_state}"
+    return beyond_32_bits(request)
 
 
 BACKEND = Backend(
