@@ -281,7 +281,7 @@ def train_warm() -> None:
     """Imports what a run needs, waits for its command line on standard input, and trains."""
     import torch
 
-    from samba_megatron.model import initialization
+    from samba_megatron.model import fp8_weights, initialization
     from samba_megatron.platform import cpu_shim, noise
 
     with noise.quiet_imports():
@@ -295,7 +295,9 @@ def train_warm() -> None:
         with torch.no_grad():
             for parameter in chunk.parameters():
                 if parameter.numel() > _LARGE:
-                    parameter.normal_(0.0, 0.02)
+                    kind = {"dtype": parameter.dtype, "device": parameter.device}
+                    drawn = torch.empty(tuple(parameter.shape), **kind).normal_(0.0, 0.02)
+                    fp8_weights.set_initial(parameter, drawn)
         small = (each for each in named(chunk, model) if each[1].numel() <= _LARGE)
         initialization._named_initializers = lambda *_: small
         initialize(chunk, model, seed)

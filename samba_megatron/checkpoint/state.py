@@ -24,6 +24,7 @@ from megatron.core.rerun_state_machine import RerunState
 
 from samba_megatron.checkpoint import ranks
 from samba_megatron.checkpoint.rng import capture_rng, restore_rng
+from samba_megatron.model import fp8_weights
 from samba_megatron.platform import distributed
 
 _PLAIN_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -116,12 +117,18 @@ def assemble(
         same_layout: when loading, ask for what belongs to one rank, too.
         rerun_pending: when loading, ask for the rerun state machine's state.
     """
-    content = assemble_weights(state)
+    weights = assemble_weights(state)
+    content: dict[str, Any] = dict(weights)
     if state.optimizer is not None and not state.optimizer.is_stub_optimizer:
         _demand_mended(state.optimizer)
         content["optimizer"] = state.optimizer.sharded_state_dict(
             content, is_loading=loading, metadata=content_metadata()
         )
+    # Only now: the optimizer finds its parameters by the tensors in the weights.
+    if loading:
+        fp8_weights.make_room(weights)
+    else:
+        fp8_weights.put_main_values(weights, content.get("optimizer", {}))
     if state.scheduler is not None:
         content["opt_param_scheduler"] = state.scheduler.state_dict()
     if same_layout or not loading:
@@ -159,6 +166,27 @@ def apply_weights(state: TrainState, loaded: dict[str, Any]) -> None:
             raise RuntimeError(f"weights do not fit: {missing=}, {result.unexpected_keys=}")
 
 
+def apply_weights_alone(state: TrainState, loaded: dict[str, Any]) -> None:
+    """Puts loaded weights into the model, and the optimizer's fp32 copies, if any, are made of
+    them.
+
+    Raises:
+        RuntimeError: as :func:`apply_weights`.
+    """
+    apply_weights(state, loaded)
+    if state.optimizer is None:
+        return
+    quantized = fp8_weights.any_quantized(state.modules)
+    state.optimizer.reload_model_params(loaded if quantized else None)
+    _refresh_quantized(state)
+
+
+def _refresh_quantized(state: TrainState) -> None:
+    """Weights in FP8 are those that the update before the save has cast, to the last bit."""
+    if fp8_weights.any_quantized(state.modules):
+        fp8_weights.cast_from_main(state.optimizer, state.model)
+
+
 def apply(state: TrainState, loaded: dict[str, Any]) -> Progress:
     """Puts everything loaded into the live objects.
 
@@ -172,6 +200,7 @@ def apply(state: TrainState, loaded: dict[str, Any]) -> Progress:
     if "optimizer" in loaded and state.optimizer is not None:
         _keep_own_groups(state.optimizer, loaded["optimizer"])
         state.optimizer.load_state_dict(loaded["optimizer"])
+        _refresh_quantized(state)
     if "opt_param_scheduler" in loaded and state.scheduler is not None:
         state.scheduler.num_steps = 0
         state.scheduler.step(increment=loaded["opt_param_scheduler"]["num_steps"])

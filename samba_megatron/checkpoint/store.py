@@ -37,6 +37,7 @@ from samba_megatron.checkpoint.finding import Finder, SavedRun
 from samba_megatron.checkpoint.manifest import Manifest
 from samba_megatron.checkpoint.state import Progress, TrainState
 from samba_megatron.config import CheckpointConfig
+from samba_megatron.model import fp8_weights
 from samba_megatron.platform import distributed
 from samba_megatron.platform.errors import ExitWith, UserError
 from samba_megatron.platform.exits import ExitCode
@@ -222,11 +223,9 @@ class CheckpointStore:
     # Finding and loading
 
     def _load_weights(self, train_state: TrainState, found: folder.Found) -> None:
-        state.apply_weights(
-            train_state, self._read(state.assemble_weights(train_state), train_state, found)
-        )
-        if train_state.optimizer is not None:
-            train_state.optimizer.reload_model_params()
+        template = state.assemble_weights(train_state)
+        fp8_weights.make_room(template)
+        state.apply_weights_alone(train_state, self._read(template, train_state, found))
 
     def _load_all(self, train_state: TrainState, found: folder.Found) -> Progress:
         same_layout = found.manifest.layout == state.layout()

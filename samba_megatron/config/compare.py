@@ -58,6 +58,7 @@ CHANGES: Mapping[str, Change] = {
     "precision.fp8_recipe": _NOTICE,
     "precision.fp8_amax_history_len": _NOTICE,
     "precision.fp8_amax_compute_algo": _NOTICE,
+    "precision.fp8_param_gather": _FREE,
     "precision.accumulate_allreduce_grads_in_fp32": _NOTICE,
     "precision.fp32_residual_connection": _NOTICE,
     "parallel.tensor_model_parallel_size": _FREE,

@@ -25,6 +25,10 @@ class PrecisionConfig:
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     """How delayed scaling uses them."""
 
+    fp8_param_gather: bool = False
+    """Keep the weights of these linears in FP8, cast from fp32 main parameters after each update:
+    data-parallel ranks gather a byte a number instead of two. Checkpoints do not change."""
+
     accumulate_allreduce_grads_in_fp32: bool = True
     """Gradients are accumulated and reduced over data-parallel ranks in fp32."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from samba_megatron.config import ModelConfig
+from samba_megatron.model.fp8_weights import set_initial
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ def initialize_weights(chunk: Any, model: ModelConfig, seed: int) -> None:
         for name, parameter, initializer in _named_initializers(chunk, model):
             whole = torch.empty(_whole_shape(parameter), dtype=torch.float32)
             initializer(whole, _generator(seed, name))
-            parameter.copy_(_slice(whole, parameter))
+            set_initial(parameter, _slice(whole, parameter))
 
 
 def _named_initializers(

@@ -112,6 +112,7 @@ def _precision(config: RunConfig) -> dict[str, Any]:
             "fp8_recipe": precision.fp8_recipe,
             "fp8_amax_history_len": precision.fp8_amax_history_len,
             "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+            "fp8_param": precision.fp8_param_gather,
         }
     return fields
 

@@ -106,29 +106,42 @@ def pipeline_transfer(layout: Layout, gpu: Gpu) -> Transfer:
 
 
 def data_transfer(
-    layout: Layout, gpu: Gpu, parameters: int, forward: float, backward: float
+    layout: Layout, gpu: Gpu, stage: int, forward: float, backward: float
 ) -> Transfer:
     """Gradients scattered, updated parameters gathered, over the ranks of the optimizer.
 
     Args:
         layout: the layout.
         gpu: the devices.
-        parameters: of a rank.
+        stage: whose parameters.
         forward: seconds of a micro-batch's forward pass, behind which the gather hides.
         backward: of its backward pass, behind which the scatter hides.
     """
     ranks, parallel = layout.optimizer_ranks, layout.config.parallel
+    parameters, in_fp8 = layout.parameters(stage), layout.kept_in_fp8(stage)
     link, rate = link_of(gpu, layout.tensor * ranks)
     gradient = 4 if layout.config.precision.accumulate_allreduce_grads_in_fp32 else 2
     share = (ranks - 1) / ranks
     scatter = gradient * parameters * share / rate
-    gather = layout.element * parameters * share / rate
-    last = min(_BUCKET / max(parameters, 1), 1.0) if ranks > 1 else 0.0
+    gathered = layout.element * (parameters - in_fp8) + in_fp8
+    gather = gathered * share / rate
+    others = _joined_with_last_bucket(layout, stage) if in_fp8 else 0
+    last = min((_BUCKET + others) / max(parameters, 1), 1.0) if ranks > 1 else 0.0
+    front = _BUCKET * (1 if in_fp8 else layout.element) + layout.element * others
+    first = min(front / max(gathered, 1), 1.0) if ranks > 1 else 0.0
     hidden = min(scatter * (1 - last), backward) if parallel.overlap_grad_reduce else 0.0
-    hidden += min(gather * (1 - last), forward) if parallel.overlap_param_gather else 0.0
+    hidden += min(gather * (1 - first), forward) if parallel.overlap_param_gather else 0.0
     seconds = scatter + gather
-    size = (gradient + layout.element) * parameters * share
+    size = (gradient * parameters + gathered) * share
     return Transfer("data", link, size, seconds, seconds - hidden)
+
+
+def _joined_with_last_bucket(layout: Layout, stage: int) -> int:
+    """Parameters that megatron reduces and gathers with the model's first ones where others are in
+    FP8: head, norms and the like, wherever they are. (The embedding is there in any case.)"""
+    model = layout.config.model
+    embedding = model.vocab_size * model.hidden_size // layout.tensor if stage == 0 else 0
+    return layout.parameters(stage) - layout.kept_in_fp8(stage) - embedding
 
 
 def embedding_seconds(layout: Layout, gpu: Gpu) -> float:

@@ -111,6 +111,16 @@ class Layout:
             for symbol, count in self._counts(stage).items()
         )
 
+    def kept_in_fp8(self, stage: int) -> int:
+        """Those of :meth:`layer_parameters` that ``precision.fp8_param_gather`` keeps in FP8."""
+        if not (self.config.precision.fp8 and self.config.precision.fp8_param_gather):
+            return 0
+        model = self.config.model
+        return sum(  # a multiply-add a number
+            count * (int(KINDS[symbol].linear_flops_per_token(model)) // 2 // self.tensor)
+            for symbol, count in self._counts(stage).items()
+        )
+
     def parameters(self, stage: int) -> int:
         """All parameters of a rank of a stage: a tied matrix is on the first stage and the last."""
         model, last = self.config.model, self.pipeline - 1

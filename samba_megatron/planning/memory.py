@@ -69,14 +69,15 @@ def stage_memory(layout: Layout, stage: int) -> MemoryEstimate:
     # In a bf16 model these need no copy in fp32, and their gradients are fp32 in any case.
     fp32 = layout.fp32_parameters(stage) if element == 2 else parameters
     in_bf16 = parameters - fp32
-    # FP8 linears keep their weight as it is and transposed, a byte each.
-    copies = 2 * layout.layer_parameters(stage) if precision.fp8 else 0
+    # FP8 linears keep their weight as it is and transposed, a byte each: beside it, or instead.
+    kept = layout.kept_in_fp8(stage)
+    copies = 2 * (kept or layout.layer_parameters(stage)) if precision.fp8 else 0
     gradient = 4 if precision.accumulate_allreduce_grads_in_fp32 else 2
     by_kind = _activations(layout, stage)
     head = _head(layout) if stage == layout.pipeline - 1 else 0
     return MemoryEstimate(
         stage=stage,
-        weights=2 * in_bf16 + 4 * fp32 + copies,
+        weights=2 * (in_bf16 - kept) + 4 * fp32 + copies,
         gradients=gradient * in_bf16 + 4 * fp32,
         optimizer=(12 * in_bf16 + 8 * fp32) // layout.optimizer_ranks,
         activations=sum(by_kind.values()),

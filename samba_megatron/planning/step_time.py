@@ -110,8 +110,8 @@ class StepModel:
         slowest = max(stages, key=lambda stage: stage.both)
         number = layout.micro_batches
         bubble = (sum(stage.both for stage in stages) - slowest.both) / layout.virtual
-        parameters = max(layout.parameters(stage) for stage in range(layout.pipeline))
-        data = data_transfer(layout, gpu, parameters, slowest.forward, slowest.backward)
+        fullest = max(range(layout.pipeline), key=layout.parameters)
+        data = data_transfer(layout, gpu, fullest, slowest.forward, slowest.backward)
         pipeline = pipeline_transfer(layout, gpu)
         return StepTime(
             forward=number * slowest.forward * (2 if layout.has_first_pass else 1),
@@ -119,7 +119,7 @@ class StepModel:
             bubble=bubble,
             pipeline_messages=pipeline.exposed_seconds,
             gradient_reduce=data.exposed_seconds + embedding_seconds(layout, gpu),
-            optimizer=self._update(parameters),
+            optimizer=self._update(layout.parameters(fullest)),
             transfers=[each for each in (*self._in_layers(), pipeline, data) if each.bytes],
         )
 

@@ -27,6 +27,7 @@ def wrap(
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=True,
         bucket_size=parallel.ddp_bucket_size,
+        fp8_param_gather=precision.fp8_param_gather,
     )
     wrapped = [
         DistributedDataParallel(
@@ -39,7 +40,8 @@ def wrap(
         )
         for index, chunk in enumerate(chunks)
     ]
-    for chunk in wrapped:
+    # Weights in FP8 are made the same on all ranks when they are cast (:func:`cast_from_main`).
+    for chunk in [] if precision.fp8_param_gather else wrapped:
         chunk.broadcast_params()
     return wrapped
 

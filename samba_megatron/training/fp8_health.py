@@ -4,6 +4,8 @@ A product whose numbers do not fit its format trains on quietly, with gradients 
 they should be small. So the operands are looked at in high precision just before Transformer Engine
 casts them, with the scales that it will use: delayed scaling's own, or those that the recipe makes
 of the tensor at hand. Counts are summed over all ranks; without an interval nothing is done.
+A weight that is kept in FP8 (``precision.fp8_param_gather``) has been cast before, where nothing
+looked on: of it the largest number is noted, and no losses.
 """
 
 import json
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from samba_megatron.config import PrecisionConfig
+from samba_megatron.model.fp8_weights import is_quantized, plain
 from samba_megatron.ops.fp8_format import E4M3, E5M2, Scaling, lost_and_clipped, own_scale
 from samba_megatron.platform import distributed
 from samba_megatron.training.layer_names import bare, layer_place, layer_title
@@ -104,7 +107,7 @@ class Fp8Health:
 
     @torch.no_grad()
     def _look(self, linear: _Linear, operand: int, tensor: Tensor) -> None:
-        x = tensor.reshape(-1, tensor.shape[-1])
+        x = plain(tensor).reshape(-1, tensor.shape[-1])
         hybrid = self._precision.fp8 == "hybrid"
         number_format = E5M2 if hybrid and operand == _GRADIENT else E4M3
         scale = _delayed_scale(linear.module, operand, self._precision.fp8_recipe)
@@ -115,6 +118,8 @@ class Fp8Health:
         largest = self._largest[linear.row, operand]
         amax = torch.linalg.vector_norm(x, torch.inf).float()
         torch.maximum(largest, amax, out=largest)
+        if is_quantized(tensor):
+            return
         for part in x.split(_ROWS_AT_ONCE):  # an operand in fp32, whole, may be gigabytes
             own = own_scale(part, number_format, scaling) if scale is None else scale
             self._counts[linear.row, operand] += lost_and_clipped(part, own, number_format)

@@ -14,6 +14,7 @@ import torch
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from samba_megatron.model.fp8_weights import plain
 from samba_megatron.platform import distributed
 from samba_megatron.training.layer_names import bare, layer_place, layer_title
 
@@ -99,7 +100,7 @@ class LayerNorms:
         group = buffer.data_parallel_group
         rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         if rank == 0:
-            self._squares[row, _WEIGHT] += _square(parameter.detach())
+            self._squares[row, _WEIGHT] += _square(plain(parameter.detach()))
         start, end, bucket_id = buffer.param_index_map[parameter]
         bucket = buffer.buckets[bucket_id]
         part = bucket.grad_data.numel() // ranks

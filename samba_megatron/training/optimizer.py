@@ -35,6 +35,7 @@ def build_optimizer(config: RunConfig, chunks: "Sequence[nn.Module]") -> Any:
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
+    from samba_megatron.model.fp8_weights import cast_from_main
     from samba_megatron.model.transformer_config import params_dtype
     from samba_megatron.platform import distributed
     from samba_megatron.training import torch_adam
@@ -61,6 +62,8 @@ def build_optimizer(config: RunConfig, chunks: "Sequence[nn.Module]") -> Any:
         bf16=str(dtype) == "torch.bfloat16",
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        # It decides how weights in FP8 are cut into the ranks' parts; others do not ask.
+        fp8_recipe=config.precision.fp8_recipe if config.precision.fp8_param_gather else None,
     )
     optimizer = get_megatron_optimizer(
         megatron_config,
@@ -68,7 +71,10 @@ def build_optimizer(config: RunConfig, chunks: "Sequence[nn.Module]") -> Any:
         config_overrides=_weight_decay_overrides(ours),
         use_gloo_process_groups=distributed.device_type() == "cuda",
     )
-    return torch_adam.mend(optimizer)
+    torch_adam.mend(optimizer)
+    if config.precision.fp8_param_gather:
+        cast_from_main(optimizer, chunks)
+    return optimizer
 
 
 def is_exempt(name: str, shape: "torch.Size | tuple[int, ...]", exempt: Sequence[str]) -> bool:

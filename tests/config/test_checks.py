@@ -469,6 +469,19 @@ def test_what_a_graph_cannot_record_is_refused():
         assert said.startswith("kernels.cuda_graph_impl full_iteration") and field in said
 
 
+def test_weights_in_fp8_need_products_in_fp8():
+    kept = {"precision.fp8_param_gather": True}
+    assert "precision.fp8 is unset: use hybrid" in the_sentence(kept)
+    kept["precision.fp8"] = "hybrid"
+    for recipe in ("tensorwise", "delayed", "blockwise"):
+        assert sentences({**kept, "precision.fp8_recipe": recipe}) == []
+    assert "use tensorwise or blockwise" in the_sentence({**kept, "precision.fp8_recipe": "mxfp8"})
+    assert "needs bf16 parameters" in the_sentence({**kept, "precision.params_dtype": "fp32"})
+    apart = {"parallel.overlap_grad_reduce": False, "parallel.overlap_param_gather": False}
+    graph = {**kept, **apart, "kernels.cuda_graph_impl": "full_iteration"}
+    assert "has not been tried with kernels.cuda_graph_impl" in the_sentence(graph)
+
+
 def test_weights_of_data_may_be_given_or_not():
     for entries in (["a"], ["a", "b"], ["0.3", "a", "0.7", "b"], ["1", "/x y/a"]):
         assert sentences({"data.data_path": entries}) == []

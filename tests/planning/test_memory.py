@@ -27,6 +27,15 @@ def test_measured_runs_are_met(recipe: str, fields: list[str], measured: float) 
     assert total == pytest.approx(measured, rel=0.03)
 
 
+def test_weights_in_fp8_are_not_in_bf16_too() -> None:
+    """A linear's number: two bytes of bf16 and two of FP8 copies; the copies alone, kept in FP8."""
+    fp8 = ["--precision.fp8", "hybrid"]
+    bf16, beside = plan("samba_421m", 1), plan("samba_421m", 1, *fp8)
+    instead = plan("samba_421m", 1, *fp8, "--precision.fp8_param_gather", "true")
+    assert instead.weights == bf16.weights < beside.weights
+    assert (instead.gradients, instead.optimizer) == (bf16.gradients, bf16.optimizer)
+
+
 def test_data_parallelism_divides_the_optimizer_alone() -> None:
     """The distributed optimizer: everything else stays."""
     one, eight = plan("samba_421m", 1), plan("samba_421m", 8)

@@ -111,6 +111,14 @@ def test_bytes_on_the_links() -> None:
     assert data.bytes == pytest.approx(6 * 1_741_604_864 * 15 / 16)
     assert data.seconds == pytest.approx(data.bytes / (50e9 * gpu.achieved.network))
     assert 0 < data.exposed_seconds < data.seconds
+    # Weights of linears in FP8 are gathered a byte each: Mamba 3·d·2d, attention, MLP 3·d·f.
+    fp8 = config.precision
+    fp8.fp8, fp8.fp8_param_gather = "hybrid", True
+    (kept,) = plan.judge(config, 16, gpu).time.transfers
+    in_fp8 = Layout(config, 16).kept_in_fp8(0)
+    assert 0.85 * 1_741_604_864 < in_fp8 < 1_741_604_864
+    assert data.bytes - kept.bytes == pytest.approx(in_fp8 * 15 / 16)
+    fp8.fp8, fp8.fp8_param_gather = None, False
     parallel = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
     layout = Layout(plan.with_fields(config, parallel), 16)
     size, forward, backward = tensor_layer(layout, gpu, "-")

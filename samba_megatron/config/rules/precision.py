@@ -99,4 +99,32 @@ def fp8_shapes(situation: Situation) -> Iterator[str]:
                 )
 
 
-RULES = (needs_gpu, fp8_implementation, norms, fp8_shapes)
+def fp8_parameters(situation: Situation) -> Iterator[str]:
+    """Weights are kept in FP8 where linears compute in it, with bf16 around them."""
+    precision = situation.config.precision
+    if not precision.fp8_param_gather:
+        return
+    if precision.fp8 is None:
+        yield (
+            "precision.fp8_param_gather keeps the weights of FP8 products, and precision.fp8 is "
+            "unset: use hybrid, or set fp8_param_gather to false"
+        )
+    if precision.fp8_recipe == "mxfp8":
+        yield (
+            "precision.fp8_param_gather with precision.fp8_recipe mxfp8 would gather through the "
+            "gradients' memory, which is not supported: use tensorwise or blockwise, or set "
+            "fp8_param_gather to false"
+        )
+    if precision.params_dtype == "fp32":
+        yield (
+            "precision.fp8_param_gather needs bf16 parameters, and precision.params_dtype is fp32: "
+            "use auto or bf16"
+        )
+    if situation.config.kernels.uses_graph:
+        yield (
+            "precision.fp8_param_gather has not been tried with kernels.cuda_graph_impl "
+            "full_iteration: use none, or set fp8_param_gather to false"
+        )
+
+
+RULES = (needs_gpu, fp8_implementation, norms, fp8_shapes, fp8_parameters)
