@@ -138,6 +138,8 @@ def initialize(parallel: "ParallelConfig") -> Rank:
     # torch remembers the last collectives of each rank, for the report on a hang.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if not torch.distributed.is_initialized():
+        # Without a ``device_id``: with one, NCCL takes half a GiB of memory for each of megatron's
+        # dozen groups at once; without it, for those that are used.
         # Without a launcher there is nobody to meet: no port is needed.
         alone = rank.world_size == 1 and "MASTER_ADDR" not in os.environ
         torch.distributed.init_process_group(
@@ -146,7 +148,6 @@ def initialize(parallel: "ParallelConfig") -> Rank:
             rank=rank.rank,
             store=torch.distributed.HashStore() if alone else None,
             timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-            device_id=None if on_cpu else torch.device("cuda", rank.local_rank),
         )
     _initialize_megatron_groups(parallel)
     return rank
