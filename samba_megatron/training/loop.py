@@ -60,8 +60,9 @@ class Loop:
         self.guard = self.recovery = None
         if run.config.faults.skip_spikes:
             self.guard = SpikeGuard(run.config.faults, self.progress.faults)
-            watch_grad_norm(run.state.optimizer, self.guard.check_grad_norm)
             self.recovery = Recovery(run, self.guard, log, self.metrics)
+        check = self.guard.check_grad_norm if self.guard else None
+        self.grad_norm = watch_grad_norm(run.state.optimizer, check)
 
     @property
     def progress(self) -> Progress:
@@ -138,7 +139,8 @@ class Loop:
         try:
             with self.layer_norms.watching(number), self.fp8_health.watching(number):
                 result = train_step(
-                    *(self.chunks, optimizer, batches, length, micro_batch, self.guard),
+                    *(self.chunks, optimizer, batches, length, micro_batch, self.grad_norm),
+                    guard=self.guard,
                     stop=self.stop,
                     timers=self.timers,
                     before_update=self._record_layers,

@@ -134,23 +134,35 @@ class SpikeGuard:
         return f"{name} {value:.4g} is {score:.1f} standard deviations above the usual {middle:.4g}"
 
 
-def watch_grad_norm(optimizer: Any, check: Callable[[float], None]) -> None:
-    """Has megatron's optimizer call ``check`` with the gradient norm before it changes a weight.
+class GradNorm:
+    """The gradient norm of the newest step, before clipping: read from the device before the
+    update, so that nobody waits for that."""
 
-    Its ``step`` computes the norm for clipping, after the reduction and in any case with one wait
-    for the device; an exception there leaves the weights and its state as they are.
+    def __init__(self) -> None:
+        self.value = 0.0
+
+
+def watch_grad_norm(optimizer: Any, check: Callable[[float], None] | None = None) -> GradNorm:
+    """Notes the gradient norm before megatron's optimizer changes a weight.
+
+    Its ``step`` computes the norm for clipping, after the reduction; an exception there leaves the
+    weights and its state as they are.
 
     Args:
         optimizer: megatron's, a single or a chained one. With ``clip_grad`` 0 a single one computes
-            no norm.
-        check: may raise.
+            no norm: it stays 0.
+        check: called with it; may raise.
     """
+    found = GradNorm()
     name = "get_grad_norm" if hasattr(optimizer, "chained_optimizers") else "clip_grad_norm"
     compute = getattr(optimizer, name)
 
     def checked(*args: Any) -> Any:
         norm = compute(*args)
-        check(float(norm))
+        found.value = float(norm)
+        if check is not None:
+            check(found.value)
         return norm
 
     setattr(optimizer, name, checked)
+    return found

@@ -25,7 +25,7 @@ from samba_megatron.platform.exits import ExitCode
 from samba_megatron.platform.hardware import node_name
 from samba_megatron.training import nonfinite
 from samba_megatron.training.schedule import Reports, Schedule, mean_loss, run_schedule
-from samba_megatron.training.spikes import SkippedStep, SpikeGuard
+from samba_megatron.training.spikes import GradNorm, SkippedStep, SpikeGuard
 from samba_megatron.training.timing import StepTimers, Stopwatch
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def train_step(
     batches: list[Batch | None],
     sequence_length: int,
     micro_batch_size: int,
+    grad_norm: GradNorm,
     guard: SpikeGuard | None = None,
     stop: "StopRequest | None" = None,
     timers: StepTimers | None = None,
@@ -91,7 +92,8 @@ def train_step(
         batches: this rank's micro-batches; None on stages that read none.
         sequence_length: tokens of a sequence.
         micro_batch_size: sequences of a micro-batch.
-        guard: judges the loss; of the gradient norm the optimizer tells it (``watch_grad_norm``).
+        grad_norm: what the optimizer computes (:func:`watch_grad_norm`).
+        guard: judges the loss.
         stop: the ranks agree on it while they judge.
         timers: those of the chunks' schedules (:func:`attach_timers`), for the parts' times.
         before_update: called on every rank when the gradients are whole and judged.
@@ -111,10 +113,10 @@ def train_step(
     if before_update is not None:
         before_update()
     with watch.measure("optimizer"), timers.update() if timers else nullcontext():
-        updated, grad_norm, _ = optimizer.step()
+        updated, _, _ = optimizer.step()
     if not updated:
         raise NonFiniteStep(ExitCode.HOLD, "the optimizer refused the step")
-    return StepResult(float(loss), float(grad_norm or 0.0), watch.seconds | parts)
+    return StepResult(loss, grad_norm.value, watch.seconds | parts)
 
 
 def _forward_backward(

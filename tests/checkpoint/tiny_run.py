@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from samba_megatron.config import (
     TrainingConfig,
 )
 from samba_megatron.platform import distributed
+
+if TYPE_CHECKING:
+    from samba_megatron.training.step import StepResult
 
 SEQUENCE, BATCH, STEPS = 16, 4, 6
 BUCKET = 3000
@@ -60,10 +63,12 @@ class TinyRun:
         from samba_megatron.training.batches import run_length
         from samba_megatron.training.data_parallel import configure_schedule, wrap
         from samba_megatron.training.optimizer import build_optimizer, build_schedule
+        from samba_megatron.training.spikes import watch_grad_norm
 
         chunks = wrap(build_model(config, "local"), config.parallel, config.precision)
         optimizer = build_optimizer(config, chunks)
         configure_schedule(chunks, optimizer, config.parallel)
+        self.grad_norm = watch_grad_norm(optimizer)
         self.state = TrainState(
             model=chunks,
             optimizer=optimizer,
@@ -73,18 +78,25 @@ class TinyRun:
 
     def train(self, until: int) -> list[float]:
         """Steps on to step ``until``; the losses."""
-        from samba_megatron.training.step import train_step
-
         losses, progress = [], self.state.progress
         while progress.step < until:
             batches = _micro_batches(progress.step)
-            result = train_step(self.state.model, self.state.optimizer, batches, SEQUENCE, 1)
+            result = self.step(batches)
             self.state.scheduler.step(BATCH * SEQUENCE)  # type: ignore[union-attr]
             losses.append(result.loss)
             progress.step += 1
             progress.consumed_samples += BATCH
             progress.consumed_tokens += BATCH * SEQUENCE
         return losses
+
+    def step(self, batches: list[Any], **more: Any) -> "StepResult":
+        """One step, without what is counted."""
+        from samba_megatron.training.step import train_step
+
+        state = self.state
+        return train_step(
+            state.model, state.optimizer, batches, SEQUENCE, 1, self.grad_norm, **more
+        )
 
     def load(self, store: CheckpointStore) -> Progress:
         progress = store.load(self.state)

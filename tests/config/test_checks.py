@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -470,7 +471,7 @@ def test_what_a_graph_cannot_record_is_refused():
 
 
 def test_weights_in_fp8_need_products_in_fp8():
-    kept = {"precision.fp8_param_gather": True}
+    kept: dict[str, Any] = {"precision.fp8_param_gather": True}
     assert "precision.fp8 is unset: use hybrid" in the_sentence(kept)
     kept["precision.fp8"] = "hybrid"
     for recipe in ("tensorwise", "delayed", "blockwise"):

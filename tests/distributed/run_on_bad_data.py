@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from samba_megatron.platform import distributed
 from samba_megatron.training import loop
-from samba_megatron.training.spikes import SpikeGuard, watch_grad_norm
+from samba_megatron.training.spikes import GradNorm, SpikeGuard, watch_grad_norm
 from tests.distributed.run_layouts import configure
 
 BAD: dict[str, set[int]] = {"nan": set(), "absurd": set()}
@@ -42,9 +42,9 @@ def watch_weights() -> None:
     """Fails where a skipped step has changed a weight of the optimizer."""
     seen: dict[str, Any] = {}
 
-    def watch(optimizer: Any, check: Any) -> None:
+    def watch(optimizer: Any, check: Any = None) -> GradNorm:
         seen["optimizer"] = optimizer
-        watch_grad_norm(optimizer, check)
+        return watch_grad_norm(optimizer, check)
 
     def weights() -> float:
         groups = seen["optimizer"].param_groups

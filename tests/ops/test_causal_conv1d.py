@@ -148,6 +148,7 @@ def test_half_of_a_projection_and_a_conv1d_weight():
         ({"channels": 8, "width": 5}, set(), "2 to 4 wide, not 5"),
         ({"channels": 12, "width": 4}, set(), "multiples of 8, not 12"),
         ({"channels": 8, "width": 4}, {"initial_state", "reset"}, "together with reset"),
+        ({"channels": 8, "width": 4, "span": 1 << 32}, {"reset"}, "32 bits, and 4,294,967,296"),
     ],
 )
 def test_the_package_kernel_names_its_limits(sizes, features, reason):

@@ -112,6 +112,17 @@ def test_sequences_end_to_end_and_back(dtype, part):
     assert_same_bits(run(there_and_back, {"x": x}), run(lambda x: x.flatten(2), {"x": x}))
 
 
+def test_what_lies_end_to_end_is_not_copied():
+    """Nor is its gradient: as a model has its sequences whose documents stay apart."""
+    row = torch.randn(12, 1, 3, 32, requires_grad=True)
+    side_by_side = row.unflatten(0, (2, 6)).squeeze(2).transpose(0, 1)
+    packed = lay_end_to_end(side_by_side)
+    assert packed.data_ptr() == row.data_ptr()
+    gradient = torch.randn(12, 3, 32)
+    (found,) = torch.autograd.grad(packed, row, gradient)
+    assert found.data_ptr() == gradient.data_ptr() and torch.equal(found[:, 0], gradient)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 1, 40, 256])
 def test_transformer_engine_inside_documents(window):

@@ -16,9 +16,9 @@ from samba_megatron.planning.memory import stage_memory
 from samba_megatron.platform import distributed
 from samba_megatron.training.fp8_health import Fp8Health, worst
 from samba_megatron.training.layer_norms import LayerNorms
-from samba_megatron.training.step import NonFiniteStep, train_step
+from samba_megatron.training.step import NonFiniteStep
 from samba_megatron.training.timing import attach_timers
-from tests.checkpoint.tiny_run import SEQUENCE, TinyRun, _micro_batches, start, tiny_config
+from tests.checkpoint.tiny_run import TinyRun, _micro_batches, start, tiny_config
 
 WORLD, PATTERN = 2, "M-*- x2"
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -64,8 +64,8 @@ def step(run: TinyRun) -> dict[str, Any]:
     timers, norms = attach_timers(chunks), LayerNorms(chunks, 1)
     layers: dict[str, Any] = {}
     with norms.watching(1):
-        result = train_step(
-            *(chunks, run.state.optimizer, _micro_batches(0), SEQUENCE, 1),
+        result = run.step(
+            _micro_batches(0),
             timers=timers,
             before_update=lambda: layers.update(norms.collect()),
         )
@@ -84,8 +84,8 @@ def fp8_health(run: TinyRun) -> dict[str, Any]:
     health = Fp8Health(run.state.model, PrecisionConfig(fp8="e4m3", fp8_recipe="mxfp8"), 1)
     record: dict[str, Any] = {}
     with health.watching(1):
-        train_step(
-            *(run.state.model, run.state.optimizer, _micro_batches(0), SEQUENCE, 1),
+        run.step(
+            _micro_batches(0),
             before_update=lambda: record.update(health.collect()),
         )
     return record | {"worst": worst(record)}
@@ -159,7 +159,7 @@ def parameters(run: TinyRun, number: int, ending: str) -> list[torch.nn.Paramete
 
 def reason(run: TinyRun) -> str:
     try:
-        train_step(run.state.model, run.state.optimizer, _micro_batches(1), SEQUENCE, 1)
+        run.step(_micro_batches(1))
     except NonFiniteStep as bad:
         return bad.reason
     return ""

@@ -90,8 +90,8 @@ class Single:
 
 def test_the_norm_is_seen_before_the_update() -> None:
     optimizer, seen = Single(), list[float]()
-    watch_grad_norm(optimizer, seen.append)
-    assert optimizer.step() == 10.0 and seen == [10.0]
+    norm = watch_grad_norm(optimizer, seen.append)
+    assert optimizer.step() == 10.0 and seen == [10.0] and norm.value == 10.0
 
     def refuse(norm: float) -> None:
         raise SkippedStep("too large", 1.0, norm)

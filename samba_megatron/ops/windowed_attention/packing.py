@@ -79,8 +79,10 @@ def _longest(ends: Tensor) -> int:
 
 
 def lay_end_to_end(x: Tensor) -> Tensor:
-    """[s, b, heads, hd] → [b·s, heads, hd], one sequence after the other."""
-    return _Swap.apply(x).flatten(0, 1)
+    """[s, b, heads, hd] → [b·s, heads, hd], one sequence after the other; a view, and so is the
+    gradient, where the memory has them so already."""
+    rows = x.transpose(0, 1)
+    return (rows if rows.is_contiguous() else _Swap.apply(x)).flatten(0, 1)
 
 
 def put_side_by_side(y: Tensor, batch: int) -> Tensor:
