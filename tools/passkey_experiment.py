@@ -270,7 +270,7 @@ def _report(results: dict[str, Any]) -> None:
             print(f"{name}: {found['steps']:,} steps, last loss {found['loss']}")
 
 
-_COLUMNS = ("keys", "perplexity")
+_COLUMNS = ("keys, digits", "perplexity")
 _FIGURES = {"passkey": "accuracy", "perplexity": "perplexity"}
 
 
@@ -290,7 +290,9 @@ def _cell(found: dict[str, Any], suite: str, length: str) -> str:
     value = _figures(found, suite).get(length)
     if value is None:
         return "–"
-    return f"{100 * value:.0f} %" if suite == "passkey" else f"{value:,.2f}"
+    if suite == "perplexity":
+        return f"{value:,.2f}"
+    return f"{value:.0%}, {found[suite]['digits'][length]:.0%}"
 
 
 def _plot(results: dict[str, Any], output: Path) -> None:

@@ -34,10 +34,11 @@ def _passkey(results: Results) -> tuple[list[str], list[list[str]]]:
     depths = list(next(iter(cells.values())))
     rows = [
         [f"{int(length):,}", _percent(results["accuracy"][length])]
+        + [_percent(results["digits"][length])]
         + [_percent(cells[length][depth]) for depth in depths]
         for length in cells
     ]
-    return ["length", "all", *(f"at {depth}" for depth in depths)], rows
+    return ["length", "all", "digits", *(f"at {depth}" for depth in depths)], rows
 
 
 def _phonebook(results: Results) -> tuple[list[str], list[list[str]]]:

@@ -113,19 +113,28 @@ class Passkey:
         records = []
         for case, key, tokens in zip(batch, keys, found, strict=True):
             text = tokenizer.decode(tokens)
-            record = {"case": case.name, "length": case.length, "depth": case.depth, "key": key}
-            records.append({**record, "answer": text, "correct": first_number(text) == key})
+            record: dict[str, Any] = {"case": case.name, "length": case.length}
+            record |= {"depth": case.depth, "key": key}
+            number = first_number(text) or ""
+            right = sum(a == b for a, b in zip(number, key, strict=False)) / len(key)
+            record |= {"answer": text, "correct": number == key, "digits": right}
+            records.append(record)
         return records
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        """Accuracy by length, and by length and depth."""
+        """Accuracy by length, and by length and depth; by length the digits that are right, in
+        their places, a tenth of which guessing would get."""
         by_length = {length: _accuracy(records, length=length) for length in sorted(self.lengths)}
         depths = sorted({case.depth for case in self.cases()})
         cells = {
             length: {f"{d:g}": _accuracy(records, length=length, depth=d) for d in depths}
             for length in sorted(self.lengths)
         }
-        return {"accuracy": by_length, "accuracy_by_depth": cells}
+        digits = {
+            length: _mean([r["digits"] for r in records if r["length"] == length])
+            for length in sorted(self.lengths)
+        }
+        return {"accuracy": by_length, "accuracy_by_depth": cells, "digits": digits}
 
 
 def first_number(text: str) -> str | None:
@@ -135,10 +144,16 @@ def first_number(text: str) -> str | None:
 
 
 def _accuracy(records: list[dict[str, Any]], **where: Any) -> float | None:
-    """The share of correct answers; None: nothing was asked."""
-    found = [
-        record["correct"]
-        for record in records
-        if all(record[name] == value for name, value in where.items())
-    ]
-    return sum(found) / len(found) if found else None
+    """The share of correct answers."""
+    return _mean(
+        [
+            record["correct"]
+            for record in records
+            if all(record[name] == value for name, value in where.items())
+        ]
+    )
+
+
+def _mean(values: list[float]) -> float | None:
+    """None: nothing was asked."""
+    return sum(values) / len(values) if values else None

@@ -57,9 +57,10 @@ def test_the_answer_is_the_number_it_begins_with(text, number):
 def test_summary_counts_what_was_asked():
     suite = Passkey(lengths=(256, 512), depths=2, keys=2)
     records = [
-        {"length": 256, "depth": depth, "correct": correct}
+        {"length": 256, "depth": depth, "correct": correct, "digits": 1.0 if correct else 0.4}
         for depth, correct in ((0.0, True), (0.0, False), (1.0, True))
     ]
     found = suite.summary(records)
     assert found["accuracy"] == {256: pytest.approx(2 / 3), 512: None}
     assert found["accuracy_by_depth"][256] == {"0": 0.5, "1": 1.0}
+    assert found["digits"] == {256: pytest.approx(0.8), 512: None}

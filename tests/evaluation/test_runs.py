@@ -62,8 +62,9 @@ def test_a_folder_of_another_evaluation_is_refused(subject, tmp_path):
     [
         (
             {"suite": "passkey", "accuracy": {"4096": 0.5, "8192": None}}
+            | {"digits": {"4096": 0.7, "8192": None}}
             | {"accuracy_by_depth": {"4096": {"0": 1.0, "1": 0.0}, "8192": {"0": None, "1": None}}},
-            ["4,096", "50 %", "100 %", "at 1", "–"],
+            ["4,096", "50 %", "70 %", "100 %", "at 1", "–"],
         ),
         (
             {"suite": "phonebook", "accuracy": {"20": 0.25, "40": None}}
