@@ -43,7 +43,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "training.rampup_batch_size_increment": 4,
         "training.rampup_tokens": 6 * 4 * 256,
     },
-    "validated": {**BF16, **APART, "validation.eval_interval": 5, "data.split": "90,10,0"},
+    "validated": {
+        **BF16,
+        **APART,
+        "validation.eval_interval": 5,
+        "validation.eval_tokens": 2048,
+        "data.split": "90,10,0",
+    },
 }
 
 
