@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from samba_megatron.checkpoint.huggingface.shipped import operations_samba
 from samba_megatron.checkpoint.huggingface.shipped.configuration_samba import (
     SambaConfig,
     SambaHybridConfig,
@@ -94,6 +95,23 @@ def test_a_state_is_carried_beside_a_scan_that_has_none(length):
     y += more * torch.nn.functional.silu(z)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(last + left, after, rtol=1e-4, atol=1e-4)
+
+
+def test_more_numbers_than_a_package_counts(monkeypatch):
+    """Then sequences are computed one by one, which changes nothing."""
+    inputs = scan_inputs(40)
+    asked, scan = [], operations_samba._scan_in_torch
+
+    def noted(u, *others):
+        asked.append(u.shape[0])
+        return scan(u, *others)
+
+    monkeypatch.setattr(operations_samba, "_scan_in_torch", noted)
+    y, state = operations_samba.selective_scan(*inputs)
+    monkeypatch.setattr(operations_samba, "COUNTED", inputs[0].numel() // 2 + 1)
+    one_by_one = operations_samba.selective_scan(*inputs)
+    assert asked == [2, 1, 1]
+    assert torch.equal(one_by_one[0], y) and torch.equal(one_by_one[1], state)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

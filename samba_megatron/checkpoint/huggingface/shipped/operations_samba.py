@@ -28,6 +28,16 @@ except ImportError:
     triton = None
 
 
+COUNTED = 1 << 32
+"""The packages' kernels compute in 32 bits where a number lies, and of more would take others."""
+
+
+def _countable(x: Tensor) -> bool:
+    """Whether they reach all numbers of ``x`` from the first."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return last < COUNTED
+
+
 def causal_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +61,8 @@ def causal_convolution(
         y = _convolve_token(_rows(x.squeeze(-1)), weight.contiguous(), bias, before)
         if y is not None:
             return y.unsqueeze(-1), before
-    if causal_conv1d_fn is not None and x.is_cuda and before is None and x.shape[-1] > past:
+    packaged = causal_conv1d_fn is not None and x.is_cuda and x.numel() < COUNTED
+    if packaged and before is None and x.shape[-1] > past:
         y = causal_conv1d_fn(x.contiguous(), weight.squeeze(1), bias, activation="silu")
         return y, x[..., -past:].clone()
     if before is None:
@@ -59,7 +70,7 @@ def causal_convolution(
     whole = torch.cat([before.to(x.dtype), x], dim=-1)
     # Cloned: a view would keep the whole prompt's inputs in memory.
     last = whole[..., whole.shape[-1] - past :].clone()
-    if causal_conv1d_fn is not None and x.is_cuda and x.shape[-1] > 1:
+    if packaged and x.shape[-1] > 1 and _countable(whole):
         y = causal_conv1d_fn(whole, weight.squeeze(1), bias, activation="silu")
         # A copy: mamba-ssm's kernel reads sixteen bytes at a time, from where its input begins.
         return y[..., past:].contiguous(), last
@@ -93,7 +104,11 @@ def selective_scan(
         y = _scan_token(token, A.contiguous(), D.contiguous(), delta_bias.contiguous(), state)
         if y is not None:
             return y.unsqueeze(-1), state
-    if selective_scan_fn is not None and u.is_cuda and (state is None or u.shape[-1] > 1):
+    countable = all(map(_countable, (u, delta, z)))
+    if not countable and u.shape[0] > 1:
+        return _scan_one_by_one(u, delta, A, B, C, D, z, delta_bias, state)
+    packaged = selective_scan_fn is not None and u.is_cuda and countable
+    if packaged and (state is None or u.shape[-1] > 1):
         y, last = selective_scan_fn(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True
         )
@@ -102,6 +117,28 @@ def selective_scan(
         more, left = _carried(state, delta, A, C, delta_bias)
         return y + (more * F.silu(z.float())).to(y.dtype), last + left
     return _scan_in_torch(u, delta, A, B, C, D, z, delta_bias, state)
+
+
+def _scan_one_by_one(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`selective_scan`, a sequence at a time."""
+    found = []
+    for number in range(u.shape[0]):
+        row = slice(number, number + 1)
+        own = None if state is None else state[row]
+        parts = (u[row], delta[row], A, B[row], C[row], D, z[row], delta_bias, own)
+        found.append(selective_scan(*parts))
+    outputs, states = zip(*found, strict=True)
+    return torch.cat(outputs), torch.cat(states)
 
 
 _CARRIED = 128
