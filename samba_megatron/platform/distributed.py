@@ -150,7 +150,24 @@ def initialize(parallel: "ParallelConfig") -> Rank:
             timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
         )
     _initialize_megatron_groups(parallel)
+    if not on_cpu:
+        _connect_senders()
     return rank
+
+
+def _connect_senders() -> None:
+    """Has NCCL connect the groups whose ranks send to each other: its first message in a group waits
+    for all of the group, and not every rank has one to send or receive."""
+    import torch
+    from megatron.core import parallel_state
+
+    for group in (
+        torch.distributed.group.WORLD,
+        parallel_state.get_context_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ):
+        if torch.distributed.get_world_size(group) > 1:
+            torch.distributed.all_reduce(torch.zeros(1, device=device()), group=group)
 
 
 def _initialize_megatron_groups(parallel: "ParallelConfig") -> None:
