@@ -94,13 +94,18 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def _head(layout: Layout) -> int:
-    """Logits of one micro-batch, and their softmax in fp32; or those of a chunk, over which their
-    gradient is written, and what is made of it: the hidden states' gradient, and the weight's in
-    fp32."""
+    """Logits of one micro-batch and their gradient, by megatron's loss their softmax in fp32; or
+    those of a chunk, over which their gradient is written, and what is made of it: the hidden
+    states' gradient, and the weight's in fp32."""
     hidden, columns = layout.config.model.hidden_size, layout.config.model.vocab_size
     columns //= layout.tensor
-    if layout.config.kernels.cross_entropy != "chunked":
-        return layout.tokens * columns * (layout.element + 4)
+    loss = layout.config.kernels.cross_entropy
+    if loss != "chunked":
+        return (
+            layout.tokens
+            * columns
+            * (layout.element + (4 if loss == "megatron" else layout.element))
+        )
     chunk = chunk_tokens(layout.tokens, columns, layout.element)
     # Sequence parallelism gathers the hidden states for the product.
     streams = 2 if layout.sequence_split > 1 else 1

@@ -17,10 +17,10 @@ H100 = gpu_named("h100")
 SMALL = ("--training.global_batch_size", "64")
 PARTS = ["mlp_act", "conv1d", "dt_proj", "layernorm"]
 LONG = [
-    *("--data.sequence_length", "65536", "--training.global_batch_size", "8"),
+    *("--data.sequence_length", "98304", "--training.global_batch_size", "8"),
     *("--model.vocab_size", "128256"),
 ]
-"""A sequence whose logits alone are 47 GiB."""
+"""A sequence whose logits and their gradient alone are 47 GiB."""
 Shape = tuple[int, int, int, int, int]
 
 
