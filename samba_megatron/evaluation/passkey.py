@@ -113,12 +113,8 @@ class Passkey:
         records = []
         for case, key, tokens in zip(batch, keys, found, strict=True):
             text = tokenizer.decode(tokens)
-            record: dict[str, Any] = {"case": case.name, "length": case.length}
-            record |= {"depth": case.depth, "key": key}
-            number = first_number(text) or ""
-            right = sum(a == b for a, b in zip(number, key, strict=False)) / len(key)
-            record |= {"answer": text, "correct": number == key, "digits": right}
-            records.append(record)
+            record = {"case": case.name, "length": case.length, "depth": case.depth, "key": key}
+            records.append({**record, "answer": text, "correct": first_number(text) == key})
         return records
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,7 +127,7 @@ class Passkey:
             for length in sorted(self.lengths)
         }
         digits = {
-            length: _mean([r["digits"] for r in records if r["length"] == length])
+            length: _mean([_digits(r) for r in records if r["length"] == length])
             for length in sorted(self.lengths)
         }
         return {"accuracy": by_length, "accuracy_by_depth": cells, "digits": digits}
@@ -141,6 +137,12 @@ def first_number(text: str) -> str | None:
     """The number that a continuation begins with, whole; None: it begins with something else."""
     match = re.match(r"\s*(\d+)", text)
     return match[1] if match else None
+
+
+def _digits(record: dict[str, Any]) -> float:
+    """The share of a key's digits that the answer's number has in their places."""
+    key, number = record["key"], first_number(record["answer"]) or ""
+    return sum(a == b for a, b in zip(number, key, strict=False)) / len(key)
 
 
 def _accuracy(records: list[dict[str, Any]], **where: Any) -> float | None:

@@ -57,10 +57,13 @@ def test_the_answer_is_the_number_it_begins_with(text, number):
 def test_summary_counts_what_was_asked():
     suite = Passkey(lengths=(256, 512), depths=2, keys=2)
     records = [
-        {"length": 256, "depth": depth, "correct": correct, "digits": 1.0 if correct else 0.4}
-        for depth, correct in ((0.0, True), (0.0, False), (1.0, True))
+        {"length": 256, "depth": depth, "correct": correct, "key": "12345", "answer": answer}
+        for depth, correct, answer in (
+            *((0.0, True, " 12345"), (0.0, False, " 19395 and"), (0.0, False, " none")),
+            (1.0, True, "12345"),
+        )
     ]
     found = suite.summary(records)
-    assert found["accuracy"] == {256: pytest.approx(2 / 3), 512: None}
-    assert found["accuracy_by_depth"][256] == {"0": 0.5, "1": 1.0}
-    assert found["digits"] == {256: pytest.approx(0.8), 512: None}
+    assert found["accuracy"] == {256: 0.5, 512: None}
+    assert found["accuracy_by_depth"][256] == {"0": pytest.approx(1 / 3), "1": 1.0}
+    assert found["digits"] == {256: pytest.approx((1 + 0.6 + 0 + 1) / 4), 512: None}
