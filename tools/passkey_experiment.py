@@ -292,7 +292,8 @@ def _cell(found: dict[str, Any], suite: str, length: str) -> str:
         return "–"
     if suite == "perplexity":
         return f"{value:,.2f}"
-    return f"{value:.0%}, {found[suite]['digits'][length]:.0%}"
+    digits = found[suite].get("digits", {}).get(length)
+    return f"{value:.0%}" + ("" if digits is None else f", {digits:.0%}")
 
 
 def _plot(results: dict[str, Any], output: Path) -> None:

@@ -25,8 +25,8 @@ class KernelsConfig:
 
     rms_norm: Literal["auto", "transformer_engine", "triton", "torch"] = "auto"
     """The layers' norms: inside Transformer Engine's linears, or this project's, which add the
-    residual stream's gradient to the norm's in one pass; ``auto`` is this project's, unless the
-    residual stream is kept in fp32."""
+    residual stream's gradient to the norm's in one pass; ``auto`` is this project's where Triton
+    can compile it, unless the residual stream is kept in fp32."""
 
     rotary: Literal["auto", "megatron", "triton", "torch"] = "auto"
     """The attention layers' rotary embedding: ``triton`` and ``torch`` are this project's, one with

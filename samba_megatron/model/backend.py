@@ -93,9 +93,11 @@ def has_own_norm(config: RunConfig) -> bool:
     wanted = config.kernels.rms_norm
     if wanted != "auto":
         return wanted != "transformer_engine"
-    from samba_megatron.ops.rms_norm.triton_rms_norm import BACKEND
+    from samba_megatron.ops.rms_norm.triton_rms_norm import BACKEND, WIDEST
 
-    return not config.precision.fp32_residual_connection and BACKEND.unavailable() is None
+    if config.precision.fp32_residual_connection or config.model.hidden_size > WIDEST:
+        return False
+    return BACKEND.unavailable() is None
 
 
 def _letting_go(backend: Backend, recomputed: Collection[str]) -> Backend:

@@ -169,17 +169,24 @@ that many."""
 
 
 def tokens_at_once(config: RunConfig) -> int:
-    """Of a micro-batch, those that a rank's layers have at a time."""
+    """The most that a rank's layers have at a time: of a training micro-batch, or of one sequence
+    that is validated."""
     parallel, pieces = config.parallel, config.parallel.sequence_pieces
-    length = config.data.sequence_length // (parallel.context_parallel_size * pieces)
-    return config.training.micro_batch_size * length
+    trained = config.training.micro_batch_size * config.data.sequence_length // pieces
+    validated = max(config.validation.sequence_lengths or [0])
+    if pieces > 1:  # long ones are cut into pieces like training's
+        validated = min(validated, config.data.sequence_length // pieces)
+    return max(trained, validated) // parallel.context_parallel_size
 
 
-def _queries_and_keys(config: RunConfig) -> int:
-    """Numbers in a rank's joined projection."""
+def counts_rotary_in_32_bits(config: RunConfig) -> bool:
+    """Whether Transformer Engine's rotary kernel can count the numbers in a rank's joined
+    projection: all of it where ranks share a key/value head, and each cuts its part out."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
-    width = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim // tensor
-    return tokens_at_once(config) * width
+    width = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
+    if tensor <= model.kv_heads:
+        width //= tensor
+    return tokens_at_once(config) * width < _COUNTED_IN_32_BITS
 
 
 def _fusions(config: RunConfig, implementation: Implementation) -> dict[str, Any]:
@@ -195,7 +202,7 @@ def _fusions(config: RunConfig, implementation: Implementation) -> dict[str, Any
         # megatron's own linears would need Apex for it; Transformer Engine's are told by
         # training.data_parallel.
         "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": with_te and _queries_and_keys(config) < _COUNTED_IN_32_BITS,
+        "apply_rope_fusion": with_te and counts_rotary_in_32_bits(config),
         "cross_entropy_loss_fusion": fused_loss,
         "cross_entropy_fusion_impl": "te",
     }

@@ -99,13 +99,13 @@ def _head(layout: Layout) -> int:
     states' gradient, and the weight's in fp32."""
     hidden, columns = layout.config.model.hidden_size, layout.config.model.vocab_size
     columns //= layout.tensor
-    loss = layout.config.kernels.cross_entropy
+    kernels = layout.config.kernels
+    loss = kernels.cross_entropy
+    if loss == "auto" and kernels.transformer_impl == "local":
+        loss = "megatron"
     if loss != "chunked":
-        return (
-            layout.tokens
-            * columns
-            * (layout.element + (4 if loss == "megatron" else layout.element))
-        )
+        gradient = 4 if loss == "megatron" else layout.element
+        return layout.tokens * columns * (layout.element + gradient)
     chunk = chunk_tokens(layout.tokens, columns, layout.element)
     # Sequence parallelism gathers the hidden states for the product.
     streams = 2 if layout.sequence_split > 1 else 1

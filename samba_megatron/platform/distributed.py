@@ -156,8 +156,9 @@ def initialize(parallel: "ParallelConfig") -> Rank:
 
 
 def _connect_senders() -> None:
-    """Has NCCL connect the groups whose ranks send to each other: its first message in a group
-    waits for all of the group, and not every rank has one to send or receive."""
+    """Has NCCL connect the groups whose ranks send to each other (two stages of a pipeline do it in
+    the world): its first exchange in a group waits for all of the group, and not every rank has a
+    message to send or receive."""
     import torch
     from megatron.core import parallel_state
 

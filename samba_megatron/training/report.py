@@ -166,7 +166,7 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
     before = ["initial_state"] if shared and not documents else documents
     borrowed = [*documents, "halo"] if shared else documents
 
-    def request(features: Sequence[str] = ()) -> Request:
+    def request(features: Sequence[str] = (), width: int = channels) -> Request:
         return Request(
             device=distributed.device_type(),
             dtype=params_dtype(config),
@@ -177,7 +177,7 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
                 "d_state": model.d_state,
                 "head_dim": model.head_dim,
                 "row": model.hidden_size,
-                "span": 2 * channels * tokens_at_once(config),
+                "span": width * tokens_at_once(config),
             },
         )
 
@@ -187,7 +187,9 @@ def _op_backends(config: RunConfig, implementation: str) -> dict[str, str]:
             kernels.selective_scan, request(carried)
         ).name
     if "M" in model.hybrid_layer_pattern or model.short_convolution:
-        chosen["causal_conv1d"] = CAUSAL_CONV1D.choose(kernels.causal_conv1d, request(before)).name
+        # It reads the first half of a joined projection.
+        asked = request(before, 2 * channels)
+        chosen["causal_conv1d"] = CAUSAL_CONV1D.choose(kernels.causal_conv1d, asked).name
     if "-" in model.hybrid_layer_pattern:
         chosen["swiglu"] = SWIGLU.choose(kernels.swiglu, request()).name
     chosen["rms_norm"] = _norm(config, implementation, request())
@@ -214,6 +216,7 @@ def _norm(config: RunConfig, implementation: str, request: Any) -> str:
 
 def _rotary(config: RunConfig, implementation: str, request: Any) -> dict[str, str]:
     from samba_megatron.model.rotary import splits_and_rotates
+    from samba_megatron.model.transformer_config import counts_rotary_in_32_bits
     from samba_megatron.ops.rotary.dispatch import ROTARY
 
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
@@ -221,7 +224,7 @@ def _rotary(config: RunConfig, implementation: str, request: Any) -> dict[str, s
         return {}
     if splits_and_rotates(model, config.kernels, tensor):
         return {"rotary": ROTARY.choose(config.kernels.rotary, request).name}
-    theirs = implementation == "transformer_engine"
+    theirs = implementation == "transformer_engine" and counts_rotary_in_32_bits(config)
     return {"rotary": "transformer_engine" if theirs else "megatron"}
 
 

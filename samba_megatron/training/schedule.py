@@ -61,7 +61,7 @@ def needs_data(data: DataConfig) -> bool:
 def lies_end_to_end(chunks: "Sequence[nn.Module]", micro_batch_size: int) -> bool:
     """Whether the sequences of a micro-batch are laid end to end."""
     config = get_model_config(chunks[0])
-    return config.sequences_end_to_end and micro_batch_size > 1 and config.sequence_pieces == 1
+    return config.sequences_end_to_end and micro_batch_size > 1
 
 
 def run_schedule(
@@ -85,7 +85,7 @@ def run_schedule(
         step = InPieces(piece_step, pieces, exact).forward_step
         num_microbatches *= pieces
         sequence_length //= pieces
-    elif config.sequences_end_to_end and micro_batch_size > 1:
+    elif lies_end_to_end(chunks, micro_batch_size):
         step = partial(forward_step, end_to_end=True)
         sequence_length, micro_batch_size = sequence_length * micro_batch_size, 1
     return get_forward_backward_func()(

@@ -1,5 +1,4 @@
 import dataclasses
-from typing import Any
 
 import pytest
 
@@ -452,35 +451,6 @@ def test_what_needs_a_gpu_is_refused_without_one(forced):
     (name,) = forced
     assert the_sentence(forced, device_type="cpu").startswith(name)
     assert sentences(forced, device_type="cuda") == []
-
-
-def test_what_a_graph_cannot_record_is_refused():
-    graph = {"kernels.cuda_graph_impl": "full_iteration"}
-    apart = {"parallel.overlap_grad_reduce": False, "parallel.overlap_param_gather": False}
-    assert sentences(graph | apart, device_type="cuda") == []
-    assert "needs an NVIDIA GPU" in the_sentence(graph | apart, device_type="cpu")
-    for field, value in (
-        ("parallel.sequence_pieces", 2),
-        ("parallel.recompute_granularity", "full"),
-        ("parallel.overlap_grad_reduce", True),
-        ("logging.log_layer_norms_interval", 5),
-        ("logging.log_fp8_health_interval", 5),
-    ):
-        said = the_sentence(graph | apart | {field: value}, device_type="cuda")
-        assert said.startswith("kernels.cuda_graph_impl full_iteration") and field in said
-
-
-def test_weights_in_fp8_need_products_in_fp8():
-    kept: dict[str, Any] = {"precision.fp8_param_gather": True}
-    assert "precision.fp8 is unset: use hybrid" in the_sentence(kept)
-    kept["precision.fp8"] = "hybrid"
-    for recipe in ("tensorwise", "delayed", "blockwise"):
-        assert sentences({**kept, "precision.fp8_recipe": recipe}) == []
-    assert "use tensorwise or blockwise" in the_sentence({**kept, "precision.fp8_recipe": "mxfp8"})
-    assert "needs bf16 parameters" in the_sentence({**kept, "precision.params_dtype": "fp32"})
-    apart = {"parallel.overlap_grad_reduce": False, "parallel.overlap_param_gather": False}
-    graph = {**kept, **apart, "kernels.cuda_graph_impl": "full_iteration"}
-    assert "has not been tried with kernels.cuda_graph_impl" in the_sentence(graph)
 
 
 def test_weights_of_data_may_be_given_or_not():

@@ -36,8 +36,8 @@ RECIPES = ("tensorwise", "blockwise", "delayed")
 STOPPED: dict[str, Any] = {"checkpoint.save_interval": HALF, "training.exit_step": HALF}
 LOOKING = {"logging.log_layer_norms_interval": HALF, "logging.log_fp8_health_interval": HALF}
 KEPT: dict[str, Any] = {"precision.fp8_param_gather": True}
-FORMAT_NOISE = 2e-2
-"""Between runs in FP8 that round here and there differently; nothing like it is expected."""
+FORMAT_NOISE = 2e-3
+"""Between runs in FP8 that round here and there differently: three times what an H200 gave."""
 
 
 def _recipe(name: str) -> Any:
@@ -145,7 +145,7 @@ def test_losses_are_those_of_bf16_weights(folder: Path) -> None:
     first = losses(folder / "kept")[0] - losses(folder / "plain")[0]
     print(f"worst {difference:.2e}, in the first step {first:.1e} (expected: 0)")
     assert losses(folder / "kept")[-1] < losses(folder / "kept")[0] - 0.3
-    assert abs(first) <= 1e-3 and difference <= FORMAT_NOISE
+    assert first == 0.0 and difference <= FORMAT_NOISE
 
 
 def test_overlap_changes_nothing(folder: Path) -> None:

@@ -32,6 +32,12 @@ def recordable(situation: Situation) -> Iterator[str]:
             f"{_FIELD} cannot set back random generators, as parallel.recompute_granularity full "
             "does: use selective with parts of layers, or none"
         )
+    delayed = config.precision.fp8 and config.precision.fp8_recipe == "delayed"
+    if delayed and situation.data_parallel_size > 1:
+        yield (
+            f"{_FIELD} leaves communication between ranks outside the graph, and "
+            "precision.fp8_recipe delayed exchanges maxima inside: use tensorwise, or none"
+        )
     for field in ("overlap_grad_reduce", "overlap_param_gather"):
         if getattr(parallel, field):
             yield (

@@ -112,8 +112,8 @@ def fp8_parameters(situation: Situation) -> Iterator[str]:
     if precision.fp8_recipe == "mxfp8":
         yield (
             "precision.fp8_param_gather with precision.fp8_recipe mxfp8 would gather through the "
-            "gradients' memory, which is not supported: use tensorwise or blockwise, or set "
-            "fp8_param_gather to false"
+            "gradients' memory, which is not supported: use tensorwise, delayed or blockwise, or "
+            "set fp8_param_gather to false"
         )
     if precision.params_dtype == "fp32":
         yield (
