@@ -366,6 +366,7 @@ class Loop:
         self.run.store.close()
         self.stream.close()
         self.watchdog.stop()
+        self.grad_norm.release()
         release(self.chunks)
         self.run.console.say(f"ended with code {int(stop.code)}: {stop.reason}")
         if self.metrics:

@@ -136,10 +136,19 @@ class SpikeGuard:
 
 class GradNorm:
     """The gradient norm of the newest step, before clipping: read from the device before the
-    update, so that nobody waits for that."""
+    update, so that nobody waits for that.
 
-    def __init__(self) -> None:
+    Args:
+        optimizer: whose method ``name`` is looked at.
+    """
+
+    def __init__(self, optimizer: Any, name: str) -> None:
         self.value = 0.0
+        self._optimizer, self._name = optimizer, name
+
+    def release(self) -> None:
+        """Lets the optimizer go, which would hold itself by its method."""
+        vars(self._optimizer).pop(self._name, None)
 
 
 def watch_grad_norm(optimizer: Any, check: Callable[[float], None] | None = None) -> GradNorm:
@@ -153,9 +162,8 @@ def watch_grad_norm(optimizer: Any, check: Callable[[float], None] | None = None
             no norm: it stays 0.
         check: called with it; may raise.
     """
-    found = GradNorm()
     name = "get_grad_norm" if hasattr(optimizer, "chained_optimizers") else "clip_grad_norm"
-    compute = getattr(optimizer, name)
+    compute, found = getattr(optimizer, name), GradNorm(optimizer, name)
 
     def checked(*args: Any) -> Any:
         norm = compute(*args)

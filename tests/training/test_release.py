@@ -28,7 +28,8 @@ def test_nothing_of_a_run_is_left(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path)
     held, began = wrappers(), threads()
     for number in range(2):
-        run = toy_config(prefix, tmp_path / str(number), **{"training.train_steps": 3})
+        fields = {"training.train_steps": 3, "faults.skip_spikes": bool(number)}
+        run = toy_config(prefix, tmp_path / str(number), **fields)
         assert train(configure(run)) == ExitCode.DONE
         assert gc.isenabled()
         assert wrappers() == held
