@@ -88,16 +88,19 @@ def build_backend(implementation: Implementation, config: RunConfig) -> Backend:
 
 
 def has_own_norm(config: RunConfig) -> bool:
-    """Whether this project's norms stand before Transformer Engine's linears: by itself where
-    Triton can compile them, and the residual stream is not kept in fp32."""
+    """Whether this project's norms stand before Transformer Engine's linears: unless told
+    otherwise where their kernel can run, and the residual stream is not kept in fp32."""
     wanted = config.kernels.rms_norm
     if wanted != "auto":
         return wanted != "transformer_engine"
-    from samba_megatron.ops.rms_norm.triton_rms_norm import BACKEND, WIDEST
+    import torch
 
-    if config.precision.fp32_residual_connection or config.model.hidden_size > WIDEST:
-        return False
-    return BACKEND.unavailable() is None
+    from samba_megatron.ops.registry import Request
+    from samba_megatron.ops.rms_norm.triton_rms_norm import BACKEND
+
+    request = Request("cuda", torch.bfloat16, sizes={"row": config.model.hidden_size})
+    in_fp32 = config.precision.fp32_residual_connection
+    return not in_fp32 and BACKEND.cannot_serve(request) is None
 
 
 def _letting_go(backend: Backend, recomputed: Collection[str]) -> Backend:

@@ -163,7 +163,7 @@ def _recomputation(config: RunConfig) -> dict[str, Any]:
     return fields
 
 
-_COUNTED_IN_32_BITS = 1 << 31
+_LARGEST_INT = 1 << 31
 """Transformer Engine's rotary kernel computes a number's place as an int, and reads elsewhere past
 that many."""
 
@@ -186,7 +186,7 @@ def counts_rotary_in_32_bits(config: RunConfig) -> bool:
     width = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
     if tensor <= model.kv_heads:
         width //= tensor
-    return tokens_at_once(config) * width < _COUNTED_IN_32_BITS
+    return tokens_at_once(config) * width < _LARGEST_INT
 
 
 def _fusions(config: RunConfig, implementation: Implementation) -> dict[str, Any]:

@@ -106,7 +106,13 @@ def selective_scan(
             return y.unsqueeze(-1), state
     countable = all(map(_countable, (u, delta, z)))
     if not countable and u.shape[0] > 1:
-        return _scan_one_by_one(u, delta, A, B, C, D, z, delta_bias, state)
+        before = [None] * u.shape[0] if state is None else state.split(1)
+        sequences = zip(*(part.split(1) for part in (u, delta, B, C, z)), before, strict=True)
+        found = [
+            selective_scan(u, dt, A, b, c, D, z, delta_bias, h) for u, dt, b, c, z, h in sequences
+        ]
+        outputs, states = zip(*found, strict=True)
+        return torch.cat(outputs), torch.cat(states)
     packaged = selective_scan_fn is not None and u.is_cuda and countable
     if packaged and (state is None or u.shape[-1] > 1):
         y, last = selective_scan_fn(
@@ -117,28 +123,6 @@ def selective_scan(
         more, left = _carried(state, delta, A, C, delta_bias)
         return y + (more * F.silu(z.float())).to(y.dtype), last + left
     return _scan_in_torch(u, delta, A, B, C, D, z, delta_bias, state)
-
-
-def _scan_one_by_one(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`selective_scan`, a sequence at a time."""
-    found = []
-    for number in range(u.shape[0]):
-        row = slice(number, number + 1)
-        own = None if state is None else state[row]
-        parts = (u[row], delta[row], A, B[row], C[row], D, z[row], delta_bias, own)
-        found.append(selective_scan(*parts))
-    outputs, states = zip(*found, strict=True)
-    return torch.cat(outputs), torch.cat(states)
 
 
 _CARRIED = 128
