@@ -11,6 +11,8 @@ from pathlib import Path
 from samba_megatron.config import RunConfig
 from samba_megatron.config.checks import check_config
 from samba_megatron.data.blend import training_blend, validation_blend
+from samba_megatron.data.indexed import shards_remedy
+from samba_megatron.data.made_with import other_tokenizers
 from samba_megatron.platform.errors import UserError
 from slurm import scheduler
 from slurm.site_settings import Site
@@ -63,7 +65,10 @@ def paths(config: RunConfig, run_dir: Path, site: Site) -> None:
     inputs = list(_inputs(config))
     for name, path in inputs:
         if not path.exists():
-            raise UserError(f"{name} names {path}, which is not there: check the path")
+            remedy = shards_remedy(path.with_suffix("")) if path.suffix == ".bin" else None
+            raise UserError(
+                f"{name} names {path}, which is not there: {remedy or 'check the path'}"
+            )
     everything = [
         *inputs,
         ("--run-dir", run_dir),
@@ -71,6 +76,16 @@ def paths(config: RunConfig, run_dir: Path, site: Site) -> None:
     ]
     for name, path in everything:
         _refuse_local(name, path.absolute(), site.shared_paths)
+
+
+def tokenizer_remarks(config: RunConfig) -> list[str]:
+    """Where none is named, or datasets were made with another."""
+    if not config.data.tokenizer:
+        return [
+            "data.tokenizer is not named: exports of this run will be without one, unless "
+            "convert_checkpoint.py is given --tokenizer"
+        ]
+    return other_tokenizers(config.data)
 
 
 def container(site: Site, image: str | None) -> None:

@@ -179,7 +179,8 @@ def check(request: Request) -> list[str]:
     ranks = arguments.nodes * arguments.gpus_per_node
     remarks = [f"memory: {checks.memory(config, ranks, site.gpu_memory_gib)}"]
     remarks.append(f"disk: {checks.disk(config)}")
-    remarks += [f"note: {text}" for text in (checks.maybe_local(request.run_dir, site),) if text]
+    notes = [checks.maybe_local(request.run_dir, site), *checks.tokenizer_remarks(config)]
+    remarks += [f"note: {text}" for text in notes if text]
     if request.exclude:
         remarks.append(f"excluded nodes: {', '.join(request.exclude)}")
     if scheduler.is_here():

@@ -52,6 +52,7 @@ def job_script(arguments: argparse.Namespace, of_tool: list[str], site: Site, fo
         "nodes": 1,
         "ntasks": 1,
         "cpus-per-task": arguments.cpus,
+        "mem": arguments.mem,
         **render.allocation(arguments, site),
         "requeue": "",
         "open-mode": "append",
@@ -84,6 +85,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     render.add_allocation(add)
     add("--job-dir", type=Path, required=True, help="folder for the script and the logs")
     add("--cpus", type=int, default=16, help="cores of the job")
+    add("--mem", help="Slurm's: memory of the job, as 64G; the partition's when not given")
     add("--container", help="image, instead of the site's")
     add("--site", type=Path, help="the cluster's settings; else the file that SAMBA_SITE names")
     add("--dry-run", action="store_true", help="print the script, submit nothing")

@@ -263,7 +263,16 @@ def map_index(
 def _missing(prefix: str | Path, path: Path, error: OSError) -> str:
     if str(prefix).endswith((".bin", ".idx")):
         return f"{prefix} is a file of a dataset: give its prefix, {str(prefix)[:-4]}"
-    return f"cannot read {path} ({error.strerror}): give the prefix of a preprocessed dataset"
+    remedy = shards_remedy(prefix) or "give the prefix of a preprocessed dataset"
+    return f"cannot read {path} ({error.strerror}): {remedy}"
+
+
+def shards_remedy(prefix: str | Path) -> str | None:
+    """What to give in place of the prefix of a corpus that became several datasets, if it did."""
+    blend = Path(f"{prefix}.blend.yaml")
+    if not blend.is_file():
+        return None
+    return f"it is a corpus of several datasets, give the blend file {blend} (data.blend_file)"
 
 
 def check_dataset(prefix: str | Path, vocab_size: int | None = None) -> IndexInfo:

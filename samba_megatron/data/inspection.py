@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from samba_megatron.data.indexed import bin_path, idx_path, map_index
+from samba_megatron.data.indexed import bin_path, idx_path, map_index, shards_remedy
 from samba_megatron.data.manifest import DatasetRecord, Manifest, read_manifest
 from samba_megatron.platform.errors import UserError
 from samba_megatron.platform.files import atomic_write
@@ -68,9 +68,8 @@ def inspect_dataset(
     """
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
-            blend = Path(f"{prefix}.blend.yaml")
-            remedy = f"the blend file {blend}" if blend.is_file() else "the prefix of a dataset"
-            raise UserError(f"{path} does not exist: give {remedy}")
+            remedy = shards_remedy(prefix) or "give the prefix of a dataset"
+            raise UserError(f"{path} does not exist: {remedy}")
     found = Inspection(
         prefix, bytes=sum(map(os.path.getsize, (bin_path(prefix), idx_path(prefix))))
     )

@@ -2,15 +2,15 @@
 
 A tokenizer is a folder with ``tokenizer.json`` and ``tokenizer_config.json``, which Hugging Face's
 ``AutoTokenizer`` loads as it is. SentencePiece models and tiktoken files are turned into one when
-they are loaded. Loading it here needs only the ``tokenizers`` package, so that
-commands that count or check tokens start at once.
+they are loaded, and written as one into exports. Loading needs only the ``tokenizers`` package, so
+that commands that count or check tokens start at once.
 """
 
 import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +88,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Writes it as a folder that ``AutoTokenizer`` loads, whatever kind of file it came from.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        _save(self.backend, folder, {"eos_token": self.backend.id_to_token(self.eod)})
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -257,7 +265,8 @@ def train_tokenizer(
     )
     backend.train_from_iterator(_not_nothing(texts), trainer=trainer)
     backend.pre_tokenizer = split
-    _save(backend, output)
+    ends = dict.fromkeys(("bos_token", "eos_token"), END_OF_DOCUMENT)
+    _save(backend, output, {**ends, "pad_token": PADDING})
     return load_tokenizer(output)
 
 
@@ -271,12 +280,10 @@ def _not_nothing(texts: Iterable[str]) -> Iterator[str]:
         raise UserError("there is no text to train a tokenizer on: check the input files")
 
 
-def _save(backend: tokenizers.Tokenizer, folder: Path) -> None:
+def _save(backend: tokenizers.Tokenizer, folder: Path, special: Mapping[str, str | None]) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_DOCUMENT,
-        "eos_token": END_OF_DOCUMENT,
-        "pad_token": PADDING,
+        **special,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1 << 30,

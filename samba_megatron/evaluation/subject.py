@@ -106,7 +106,6 @@ def _from_checkpoint(
 ) -> tuple[Any, Any, dict[str, Any]]:
     from samba_megatron.checkpoint.huggingface.companions import find_tokenizer
     from samba_megatron.checkpoint.huggingface.source import CheckpointSource
-    from samba_megatron.data.tokenizer import load_tokenizer
 
     source = CheckpointSource(folder)
     files = find_tokenizer(source, given)
@@ -118,7 +117,7 @@ def _from_checkpoint(
         "step": source.manifest.step,
         "consumed_tokens": source.manifest.consumed_tokens,
     }
-    return model, load_tokenizer(files.folder) if files.folder else None, identity
+    return model, files.tokenizer, identity
 
 
 def _empty_model(source: Any, ids: dict[str, int | None]) -> Any:

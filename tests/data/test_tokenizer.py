@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from samba_megatron.checkpoint.huggingface.companions import TokenizerFiles
 from samba_megatron.data.jsonl import read_texts
 from samba_megatron.data.preprocessing.encoding import Engine, choose_engine
 from samba_megatron.data.tokenizer import (
@@ -141,6 +142,23 @@ def test_a_sentencepiece_model_gives_its_own_tokens(sentencepiece_model, corpus)
     for text in islice(read_texts([corpus / "validation.jsonl"], "text"), 20):
         assert loaded.encode(text) == theirs.encode(text)
     assert choose_engine(loaded, []) == (Engine.GIGATOKEN, None)
+
+
+def test_any_kind_of_file_becomes_a_folder_of_an_export(
+    sentencepiece_model, tiktoken_file, tokenizer_folder, corpus, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    texts = list(islice(read_texts([corpus / "validation.jsonl"], "text"), 20))
+    for number, source in enumerate((sentencepiece_model, tiktoken_file, tokenizer_folder)):
+        original, folder = load_tokenizer(source), tmp_path / str(number)
+        folder.mkdir()
+        TokenizerFiles(original, {}).copy_to(folder)
+        theirs, again = AutoTokenizer.from_pretrained(str(folder)), load_tokenizer(folder)
+        assert theirs.eos_token_id == again.eod == original.eod
+        for text in texts:
+            ids = original.encode(text)
+            assert theirs.encode(text, add_special_tokens=False) == again.encode(text) == ids
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from samba_megatron.data.tokenizer import train_tokenizer
 from samba_megatron.platform.errors import UserError
 from slurm.checks import seconds_of
 from slurm.submit import main
@@ -219,3 +220,24 @@ def test_a_blend_file_that_names_nothing_is_refused(
     assert f"{blend} names" in mistake and "nowhere/text.bin, which is not there" in mistake
     options[name] = f"[{tmp_path}/none.yaml]"
     assert f"{tmp_path}/none.yaml" in submit(options, "--dry-run").mistake
+
+
+def test_the_prefix_of_a_corpus_in_shards_leads_to_its_blend_file(
+    submit: Submit, tmp_path: Path, prefix: str
+) -> None:
+    blend = write_blend(tmp_path / "blends", prefix)
+    blend.rename(tmp_path / "blends" / "all.blend.yaml")
+    options = options_of(tmp_path, prefix, **{"data.data_path": tmp_path / "blends" / "all"})
+    mistake = submit(options, "--dry-run").mistake
+    assert f"give the blend file {tmp_path}/blends/all.blend.yaml (data.blend_file)" in mistake
+
+
+def test_a_run_without_a_tokenizer_is_told_what_its_exports_will_lack(
+    submit: Submit, tmp_path: Path, prefix: str
+) -> None:
+    note = "note: data.tokenizer is not named"
+    assert note in submit(options_of(tmp_path, prefix), "--dry-run").output
+    train_tokenizer(["some text"], 260, tmp_path / "tokenizer", show_progress=False)
+    options = options_of(tmp_path, prefix, **{"data.tokenizer": tmp_path / "tokenizer"})
+    result = submit(options, "--dry-run")
+    assert not result.mistake and note not in result.output

@@ -4,12 +4,15 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samba_megatron.checkpoint.huggingface.source import CheckpointSource
 from samba_megatron.config.pattern import layer_symbols
 from samba_megatron.model.layers import KINDS
 from samba_megatron.platform.errors import UserError
+
+if TYPE_CHECKING:
+    from samba_megatron.data.tokenizer import Tokenizer
 
 SHIPPED = (
     "configuration_samba.py",
@@ -34,16 +37,22 @@ TOKENIZER_FILES = (
 class TokenizerFiles:
     """The tokenizer that goes with an export."""
 
-    folder: Path | None
+    tokenizer: "Tokenizer | None"
     """None: the checkpoint does not know one and none was given."""
     ids: dict[str, int | None]
     """``bos_token_id``, ``eos_token_id`` and ``pad_token_id``."""
 
     def copy_to(self, target: Path) -> None:
-        """Copies the files there are."""
+        """Copies the folder's files; what came from another kind of file is written as one."""
+        if self.tokenizer is None:
+            return
+        path = self.tokenizer.path
+        if path.name != "tokenizer.json":
+            self.tokenizer.save(target)
+            return
         for name in TOKENIZER_FILES:
-            if self.folder is not None and (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, target / name)
+            if (path.parent / name).is_file():
+                shutil.copyfile(path.parent / name, target / name)
 
 
 def find_tokenizer(source: CheckpointSource, given: Path | None) -> TokenizerFiles:
@@ -58,13 +67,15 @@ def find_tokenizer(source: CheckpointSource, given: Path | None) -> TokenizerFil
     if given is None and recorded is None:
         return TokenizerFiles(None, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")))
     folder = Path(given or str(recorded))
-    if given is None and not folder.is_dir():
-        raise UserError(
-            f"the tokenizer {folder} that the checkpoint was trained with is not there: say where "
-            "it is now with --tokenizer"
-        )
-    tokenizer = load_tokenizer(folder)
-    folder = tokenizer.path.parent
+    try:
+        tokenizer = load_tokenizer(folder)
+    except UserError as error:
+        if given is None and not folder.exists():
+            raise UserError(
+                f"the tokenizer {folder} that the checkpoint was trained with is not there: say "
+                "where it is now with --tokenizer"
+            ) from error
+        raise
     vocab_size = source.config.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -75,12 +86,12 @@ def find_tokenizer(source: CheckpointSource, given: Path | None) -> TokenizerFil
     if identity not in (None, tokenizer.identity):
         raise UserError(
             f"the tokenizer {folder} is not the one that the model was trained with (its "
-            f"tokenizer.json has the SHA-256 {tokenizer.identity[:12]}…, that one's was "
+            f"{tokenizer.path.name} has the SHA-256 {tokenizer.identity[:12]}…, that one's was "
             f"{identity[:12]}…): give that one with --tokenizer"
         )
-    special = {name: _special(tokenizer.backend, folder, name) for name in ("bos", "pad")}
+    special = {name: _special(tokenizer, name) for name in ("bos", "pad")}
     return TokenizerFiles(
-        folder,
+        tokenizer,
         {
             "bos_token_id": special["bos"],
             "eos_token_id": tokenizer.eod,
@@ -89,14 +100,14 @@ def find_tokenizer(source: CheckpointSource, given: Path | None) -> TokenizerFil
     )
 
 
-def _special(backend: Any, folder: Path, name: str) -> int | None:
+def _special(tokenizer: "Tokenizer", name: str) -> int | None:
     """Id of the token that ``tokenizer_config.json`` names as bos or pad."""
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
+    file = tokenizer.path.with_name("tokenizer_config.json")
+    if tokenizer.path.name != "tokenizer.json" or not file.is_file():
         return None
     named = json.loads(file.read_text(encoding="utf-8")).get(f"{name}_token")
     token = named.get("content") if isinstance(named, dict) else named
-    number: int | None = None if token is None else backend.token_to_id(token)
+    number: int | None = None if token is None else tokenizer.backend.token_to_id(token)
     return number
 
 

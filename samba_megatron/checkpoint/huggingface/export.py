@@ -80,7 +80,7 @@ def export(options: ExportOptions, notice: Callable[[str], None]) -> ExportRepor
         notice(text)
     tokenizer = companions.find_tokenizer(source, options.tokenizer)
     beyond = beyond_fla(source.config.model)
-    if tokenizer.folder is None:
+    if tokenizer.tokenizer is None:
         notice("the checkpoint names no tokenizer and --tokenizer gave none: exported without one")
     if beyond:
         notice(
