@@ -5,6 +5,7 @@ forked child writes, and a later :meth:`CheckpointStore.poll` publishes. One sav
 time: a second one waits for the first.
 """
 
+import os
 import platform
 import shutil
 import time
@@ -228,6 +229,10 @@ class CheckpointStore:
         state.apply_weights_alone(train_state, self._read(template, train_state, found))
 
     def _load_all(self, train_state: TrainState, found: folder.Found) -> Progress:
+        if found.path.parent == self._folder:
+            # Delayed scaling's FP8 state is a pickle, which Transformer Engine loads only from a
+            # checkpoint that is said to be trusted: this run's own is.
+            os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
         same_layout = found.manifest.layout == state.layout()
         if not same_layout:
             self._notice(

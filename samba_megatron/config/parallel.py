@@ -78,3 +78,10 @@ class ParallelConfig:
         if self.recompute_granularity != "selective":
             return ()
         return tuple(name for name in self.recompute_modules if name in RECOMPUTABLE_PARTS)
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """Whether whole layers are computed again, or the inside of all of a kind."""
+        if self.recompute_granularity == "selective":
+            return len(self.recomputed_parts) < len(self.recompute_modules)
+        return self.recompute_granularity is not None

@@ -106,6 +106,13 @@ def available_devices() -> tuple[DeviceType, int | None]:
     return "cpu", None
 
 
+def keep_queued_order(parallel: "ParallelConfig") -> None:
+    """Has tensor-parallel ranks work in the order in which kernels were queued, by which megatron
+    overlaps collectives with matrix products. Must be called before anything asks CUDA."""
+    if parallel.tensor_model_parallel_size > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def initialize(parallel: "ParallelConfig") -> Rank:
     """Joins the world (once) and builds megatron's process groups for a layout.
 
@@ -118,10 +125,7 @@ def initialize(parallel: "ParallelConfig") -> Rank:
 
     from samba_megatron.platform import cpu_shim, noise
 
-    if parallel.tensor_model_parallel_size > 1:
-        # megatron overlaps collectives with matrix products by the order in which they are
-        # queued, which one hardware queue keeps. Must be set before CUDA starts.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    keep_queued_order(parallel)
     with noise.quiet_imports():
         on_cpu = cpu_shim.install()
         noise.import_megatron()

@@ -175,9 +175,9 @@ class Loop:
         self.stream.close()
         with self.watchdog.phase("save"):
             self._report_save(self.run.store.wait())
+            if self.graphed is not None:
+                self.graphed.forget()  # Before the load: its memory is free for that.
             self.recovery.roll_back()
-        if self.graphed is not None:
-            self.graphed.forget()
         self.stream = self._open_stream()
 
     def _record_step(

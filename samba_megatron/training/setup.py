@@ -5,7 +5,6 @@ device.
 """
 
 import dataclasses
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -37,7 +36,8 @@ class Run:
     rank: distributed.Rank
     run_dir: Path
     console: RunConsole
-    implementation: "Implementation"
+    kernels: dict[str, str]
+    """What computes what, as every rank has it."""
     state: TrainState
     store: CheckpointStore
     length: RunLength
@@ -61,6 +61,9 @@ def set_up(config: RunConfig, rank: distributed.Rank, phases: dict[str, float]) 
     Raises:
         UserError: for everything that is wrong with the input, before long work begins.
     """
+    from samba_megatron.model.backend import choose_implementation
+    from samba_megatron.training.chosen_kernels import agree_on_kernels
+
     _seed_everything(config)
     run_dir = Path(str(config.run_dir))
     console = RunConsole(run_dir, speaks=rank.rank == 0, progress=config.logging.progress)
@@ -72,14 +75,18 @@ def set_up(config: RunConfig, rank: distributed.Rank, phases: dict[str, float]) 
         samples = samples_to_build(config, length, saved.progress if consumed and saved else None)
         train, valid = build_data(config, samples, consumed)
     with timed(phases, "model"):
-        state, implementation = _build_state(config, length)
+        implementation = choose_implementation(
+            config.kernels.transformer_impl, distributed.device_type()
+        )
+        kernels = agree_on_kernels(config, implementation)
+        state = _build_state(config, length, implementation)
     state.progress = Progress(data_identity=identity, config=to_dict(config))
     run = Run(
         config,
         rank,
         run_dir,
         console,
-        implementation,
+        kernels,
         state,
         store,
         length,
@@ -159,8 +166,11 @@ def _identify_data(
     """Who the data are, and the ledger of what has been consumed of them."""
     from samba_megatron.data.datasets import on_first_rank
     from samba_megatron.data.identity import dataset_identity
+    from samba_megatron.data.made_with import other_tokenizers
 
     identity = on_first_rank(lambda: dataset_identity(config.data, config.training.seed))
+    for notice in on_first_rank(lambda: other_tokenizers(config.data)):
+        console.warn(notice)
     _compare_with_saved(config, saved, identity, console)
     if saved is None or _takes_weights_only(config, saved):
         return identity, {}
@@ -220,8 +230,9 @@ def _validation_samples(config: RunConfig) -> int:
     return max(validation.eval_tokens // config.data.sequence_length, 1) if wanted else 0
 
 
-def _build_state(config: RunConfig, length: RunLength) -> "tuple[TrainState, Implementation]":
-    from samba_megatron.model.backend import choose_implementation
+def _build_state(
+    config: RunConfig, length: RunLength, implementation: "Implementation"
+) -> TrainState:
     from samba_megatron.model.samba import build_model
     from samba_megatron.training.data_parallel import (
         configure_schedule,
@@ -230,25 +241,17 @@ def _build_state(config: RunConfig, length: RunLength) -> "tuple[TrainState, Imp
     )
     from samba_megatron.training.optimizer import build_optimizer, build_schedule
 
-    implementation = choose_implementation(
-        config.kernels.transformer_impl, distributed.device_type()
-    )
     chunks = wrap(build_model(config, implementation), config.parallel, config.precision)
     if config.kernels.gradient_accumulation_fusion:
         fuse_gradient_accumulation(chunks)
     optimizer = build_optimizer(config, chunks)
     configure_schedule(chunks, optimizer, config.parallel)
     schedule = build_schedule(config, optimizer, length)
-    return TrainState(chunks, optimizer, schedule), implementation
+    return TrainState(chunks, optimizer, schedule)
 
 
 def _restore(run: Run) -> None:
     run.store.preflight(run.state)
-    saved = run.store.find()
-    if saved is not None and saved.path.parent == Path(str(run.config.checkpoint.save)):
-        # Delayed scaling's FP8 state is a pickle, which Transformer Engine loads only from a
-        # checkpoint that is said to be trusted: this run's own is.
-        os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     progress = run.store.load(run.state)
     if progress is not None:
         run.resumed = progress.step > 0

@@ -16,6 +16,7 @@ def test_what_a_graph_cannot_record_is_refused():
         ("parallel.tensor_model_parallel_size", 2),
         ("parallel.pipeline_model_parallel_size", 2),
         ("parallel.recompute_granularity", "full"),
+        ("parallel.recompute_granularity", "selective"),  # of mamba, the default
         ("parallel.overlap_grad_reduce", True),
         ("logging.log_layer_norms_interval", 5),
         ("logging.log_fp8_health_interval", 5),
@@ -23,6 +24,19 @@ def test_what_a_graph_cannot_record_is_refused():
         ranks = value if field.endswith("parallel_size") else 1
         said = the_sentence(graph | apart | {field: value}, ranks, device_type="cuda")
         assert said.startswith("kernels.cuda_graph_impl full_iteration") and field in said
+
+
+def test_a_graph_computes_parts_again_and_no_whole_layers():
+    graph = {
+        "kernels.cuda_graph_impl": "full_iteration",
+        "parallel.overlap_grad_reduce": False,
+        "parallel.overlap_param_gather": False,
+        "parallel.recompute_granularity": "selective",
+    }
+    again = "parallel.recompute_modules"
+    assert sentences({**graph, again: ["mlp_act", "conv1d"]}) == []
+    for modules in (["mamba"], ["attention"], ["mlp"], ["attention", "mlp_act"]):
+        assert "whole layers or kinds of them" in the_sentence({**graph, again: modules})
 
 
 def test_delayed_scaling_exchanges_maxima_where_there_are_peers():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from samba_megatron.config.parallel import RECOMPUTABLE_PARTS
 from samba_megatron.config.rules.situation import Situation
 
 _FIELD = "kernels.cuda_graph_impl full_iteration"
@@ -27,10 +28,11 @@ def recordable(situation: Situation) -> Iterator[str]:
             f"{_FIELD} records no sequences in pieces, and parallel.sequence_pieces is "
             f"{parallel.sequence_pieces}: use 1, or none"
         )
-    if parallel.recompute_granularity == "full":
+    if parallel.recomputes_layers:
         yield (
-            f"{_FIELD} cannot set back random generators, as parallel.recompute_granularity full "
-            "does: use selective with parts of layers, or none"
+            f"{_FIELD} cannot set back random generators, as recomputing whole layers or kinds of "
+            "them does: set parallel.recompute_granularity to selective and "
+            f"parallel.recompute_modules to some of {', '.join(RECOMPUTABLE_PARTS)}, or use none"
         )
     delayed = config.precision.fp8 and config.precision.fp8_recipe == "delayed"
     if delayed and situation.data_parallel_size > 1:

@@ -150,10 +150,7 @@ def sequence_pieces(situation: Situation) -> Iterator[str]:
                 f"tokens (data.sequence_length / parallel.sequence_pieces) nor several whole ones"
             )
     yield from _attention_with_a_halo(situation, because)
-    only_parts = len(parallel.recomputed_parts) == len(parallel.recompute_modules)
-    selective = parallel.recompute_granularity == "selective"
-    whole = parallel.recompute_granularity is not None and not (selective and only_parts)
-    if parallel.sequence_piece_gradients == "exact" and whole:
+    if parallel.sequence_piece_gradients == "exact" and parallel.recomputes_layers:
         yield (
             "parallel.sequence_piece_gradients exact computes every piece again anyway: set "
             "parallel.recompute_granularity to null and use more pieces, or use truncated"
