@@ -9,14 +9,12 @@ On a CPU, whatever the layout that a checkpoint was saved in, one tensor in memo
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from samba_megatron.config.units import parse_bytes
 from samba_megatron.platform.errors import UserError, run_command
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def main() -> None:
@@ -83,7 +81,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
             output=arguments.output,
             overwrite=arguments.overwrite,
             dtype=arguments.dtype,
-            shard_bytes=_bytes("--shard-size", arguments.shard_size),
+            shard_bytes=parse_bytes("--shard-size", arguments.shard_size),
             tokenizer=arguments.tokenizer,
             compare=arguments.parity,
         ),
@@ -108,7 +106,7 @@ def _from_hf(arguments: argparse.Namespace) -> None:
 
 
 def _reshard(arguments: argparse.Namespace) -> None:
-    file_bytes = _bytes("--file-size", arguments.file_size)
+    file_bytes = parse_bytes("--file-size", arguments.file_size)
     import torch
 
     from samba_megatron.checkpoint.reshard import ReshardOptions, reshard
@@ -197,14 +195,6 @@ def _training(config: dict[str, Any]) -> dict[str, Any]:
 
 def _fields(fields: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in fields.items() if value is not None)
-
-
-def _bytes(option: str, text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if size < 1:
-        raise UserError(f"{option} is {text!r}: write a size such as 5GB or 500MB")
-    return size
 
 
 def _notice(text: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from samba_megatron.config.units import parse_bytes
 from samba_megatron.data.preprocessing.estimate import estimate
 from samba_megatron.data.preprocessing.options import (
     PreprocessOptions,
@@ -91,10 +92,10 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("shards")
     group.add_argument(
         "--shard-size",
-        type=float,
         dest="shard_bytes",
-        metavar="MB",
-        help="text in a shard, about (at least 256, and so much that 2,000 shards suffice)",
+        metavar="SIZE",
+        help="text in a shard, about, as 500MB or 8GB; a bare number is of MB (default: 256MB, or "
+        "so much that 2,000 shards suffice)",
     )
     group.add_argument("--merge", action="store_true", help="join the shards to one dataset")
 
@@ -210,7 +211,7 @@ def _add_slurm(parser: argparse.ArgumentParser) -> None:
 
 def _options(arguments: dict[str, Any]) -> PreprocessOptions:
     if arguments["shard_bytes"] is not None:
-        arguments["shard_bytes"] = int(arguments["shard_bytes"] * 1e6)
+        arguments["shard_bytes"] = parse_bytes("--shard-size", arguments["shard_bytes"], "MB")
     arguments["stages"] = _stages(arguments)
     arguments["slurm"] = _slurm(arguments)
     return PreprocessOptions(inputs=arguments.pop("input"), **arguments)

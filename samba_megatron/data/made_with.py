@@ -5,6 +5,7 @@ other words later.
 """
 
 import contextlib
+from typing import Any
 
 from samba_megatron.config.data import DataConfig
 from samba_megatron.data.blend import training_blend, validation_blend
@@ -17,7 +18,7 @@ _MOST_READ = 16
 
 
 def other_tokenizers(data: DataConfig) -> list[str]:
-    """What a person should look at before training: one sentence a dataset, mostly none.
+    """What a person should look at before training: one sentence a tokenizer, mostly none.
 
     It is no error: a tokenizer that was saved again, or got further special tokens, is another file
     with the same ids.
@@ -31,23 +32,27 @@ def other_tokenizers(data: DataConfig) -> list[str]:
     blends = [training_blend(data)]
     if data.valid_data_path:
         blends.append(validation_blend(data.valid_data_path))
-    found = []
+    found: dict[str, str] = {}
     for blend in blends:
         prefixes = blend.prefixes
         for prefix in prefixes[:: max(1, -(-len(prefixes) // _MOST_READ))]:
-            found += _difference(str(prefix), tokenizer)
-    return found
+            made_with = _made_with(prefix)
+            identity = made_with.get("identity", tokenizer.identity)
+            if identity != tokenizer.identity:
+                found.setdefault(identity, _difference(prefix, made_with, tokenizer))
+    return list(found.values())
 
 
-def _difference(prefix: str, tokenizer: Tokenizer) -> list[str]:
-    made_with = {}
+def _made_with(prefix: str) -> dict[str, Any]:
     with contextlib.suppress(UserError):  # another version's, which training does not need
         manifest = read_manifest(prefix)
-        made_with = manifest.tokenizer if manifest else {}
-    if made_with.get("identity") in (None, tokenizer.identity):
-        return []
-    return [
+        return manifest.tokenizer if manifest else {}
+    return {}
+
+
+def _difference(prefix: str, made_with: dict[str, Any], tokenizer: Tokenizer) -> str:
+    return (
         f"{prefix} was made with another tokenizer than data.tokenizer {tokenizer.path} "
         f"(vocabulary {made_with.get('vocab_size')}, here {tokenizer.vocab_size}; end of document "
         f"{made_with.get('eod')}, here {tokenizer.eod}): make sure that its ids are the same"
-    ]
+    )

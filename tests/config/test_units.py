@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samba_megatron.config.units import format_tokens, parse_tokens
+from samba_megatron.config.units import format_tokens, parse_bytes, parse_tokens
+from samba_megatron.platform.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -46,3 +47,23 @@ def test_the_shortest_suffix_is_written():
         "999",
         "1.5K",
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "unit", "size"),
+    [
+        ("5GB", "B", 5 * 10**9),
+        ("0.5 g", "B", 5 * 10**8),
+        ("300b", "MB", 300),
+        ("12", "B", 12),
+        ("2.5", "MB", 2_500_000),
+    ],
+)
+def test_sizes_have_units_or_the_options_own(written, unit, size):
+    assert parse_bytes("--size", written, unit) == size
+
+
+@pytest.mark.parametrize("written", ["", "GB", "5XB", "-1", "0", "1e9"])
+def test_what_is_no_size_is_refused_by_option(written):
+    with pytest.raises(UserError, match=f"--size is '{written}': write a size"):
+        parse_bytes("--size", written)

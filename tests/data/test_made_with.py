@@ -29,7 +29,8 @@ def test_another_tokenizer_is_named_with_what_differs(dataset, held_out, tokeniz
     assert other_tokenizers(data) == []
     data.tokenizer = str(other)
     found = other_tokenizers(data)
-    assert [text.split()[0] for text in found] == [dataset, held_out]
+    assert len(found) == 1, "once a tokenizer, however many datasets it made"
+    assert found[0].startswith(f"{dataset} was made with another tokenizer than")
     assert "(vocabulary 2048, here 260; end of document 0, here 0)" in found[0]
 
 

@@ -67,15 +67,12 @@ def find_tokenizer(source: CheckpointSource, given: Path | None) -> TokenizerFil
     if given is None and recorded is None:
         return TokenizerFiles(None, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")))
     folder = Path(given or str(recorded))
-    try:
-        tokenizer = load_tokenizer(folder)
-    except UserError as error:
-        if given is None and not folder.exists():
-            raise UserError(
-                f"the tokenizer {folder} that the checkpoint was trained with is not there: say "
-                "where it is now with --tokenizer"
-            ) from error
-        raise
+    if given is None and not folder.exists():
+        raise UserError(
+            f"the tokenizer {folder} that the checkpoint was trained with is not there: say where "
+            "it is now with --tokenizer"
+        )
+    tokenizer = load_tokenizer(folder)
     vocab_size = source.config.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
