@@ -2,22 +2,17 @@
 recording is the function itself, run again: what is tested is that a step reads nothing but the
 memory that it was recorded with, and that what is put off is done."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.utils import get_model_config
 
 from samba_megatron.data.stream import Batch
-from samba_megatron.platform.exits import ExitCode
-from samba_megatron.training import graphed_schedule, loop
-from samba_megatron.training.entry import train
-from samba_megatron.training.graphed_schedule import GraphedSchedule, StaticInputs
-from samba_megatron.training.schedule import Reports
-from tests.distributed.run_layouts import configure
+from samba_megatron.training import graphed_schedule
+from samba_megatron.training.graphed_schedule import StaticInputs
 from tests.distributed.toy import losses, toy_config, write_dataset, write_short_documents
+from tests.training.rehearsal import Rehearsal, launched, rehearsed
 
 STEPS = 8
 APART = {"data.reset_at_document_boundaries": True}
@@ -28,73 +23,50 @@ RAMP = {
 }
 
 
-class Again:
-    """Records a function by keeping it, and counts."""
-
-    def __init__(self) -> None:
-        self.config: Any = None
-        self.recorded = self.replayed = 0
-
-    def remember(self, chunk: Any) -> Any:
-        """In the place of ``get_model_config``."""
-        self.config = get_model_config(chunk)
-        return self.config
-
-    def __call__(self, run: Callable[[], Reports]) -> tuple[Reports, Callable[[], None]]:
-        """As a CUDA graph: nothing is computed before the first replay."""
-        self.recorded += 1
-        reports: Reports = []
-        put_off = self.config.finalize_model_grads_func
-        assert self.config.timers is None, "nothing is timed in a recording"
-
-        def replay() -> None:
-            self.replayed += 1
-            usual, self.config.finalize_model_grads_func = (
-                self.config.finalize_model_grads_func,
-                put_off,
-            )
-            reports[:] = run()
-            self.config.finalize_model_grads_func = usual
-
-        return reports, replay
-
-
 def run_both(
-    folder: Path, prefix: str, monkeypatch: pytest.MonkeyPatch, **fields: Any
-) -> tuple[list[float], list[float], Again]:
+    folder: Path, prefix: str, **fields: Any
+) -> tuple[list[float], list[float], Rehearsal]:
     """Losses launched and replayed, and how the latter came about."""
-    again = Again()
-    for name in ("launched", "replayed"):
-        config = toy_config(prefix, folder / name, **{"training.train_steps": STEPS, **fields})
-        with monkeypatch.context() as patched:
-            if name == "replayed":
-                patched.setattr(loop, "run_schedule", GraphedSchedule(again))
-                patched.setattr(graphed_schedule, "get_model_config", again.remember)
-            assert train(configure(config)) == ExitCode.DONE
-    return losses(folder / "launched"), losses(folder / "replayed"), again
+    fields = {"training.train_steps": STEPS, **fields}
+    launched(toy_config(prefix, folder / "launched", **fields))
+    rehearsal = rehearsed(toy_config(prefix, folder / "replayed", **fields))
+    return losses(folder / "launched"), losses(folder / "replayed"), rehearsal
 
 
-def test_replays_are_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched, replayed, again = run_both(tmp_path, write_dataset(tmp_path), monkeypatch)
-    assert replayed == launched and len(set(launched)) == STEPS
-    assert (again.recorded, again.replayed) == (1, STEPS - 2), "two steps warm up"
+def test_replays_are_the_steps(tmp_path: Path) -> None:
+    one_by_one, replayed, rehearsal = run_both(tmp_path, write_dataset(tmp_path))
+    assert replayed == one_by_one and len(set(one_by_one)) == STEPS
+    assert (rehearsal.recorded_at, rehearsal.replayed) == ([3], STEPS - 2), "two steps warm up"
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_documents_apart(
-    micro_batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documents_apart(micro_batch_size: int, tmp_path: Path) -> None:
     fields = {**APART, "training.micro_batch_size": micro_batch_size}
-    prefix = write_short_documents(tmp_path)
-    launched, replayed, again = run_both(tmp_path, prefix, monkeypatch, **fields)
-    assert replayed == launched and again.recorded == 1
+    one_by_one, replayed, rehearsal = run_both(tmp_path, write_short_documents(tmp_path), **fields)
+    assert replayed == one_by_one and rehearsal.recorded_at == [3]
 
 
-def test_another_number_of_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefix = write_dataset(tmp_path)
-    launched, replayed, again = run_both(tmp_path, prefix, monkeypatch, **RAMP)
-    assert replayed == launched and again.recorded == 2
-    assert again.replayed < STEPS - 2, "the larger batch warms up, too"
+def test_validations_and_saves_between(tmp_path: Path) -> None:
+    """They use the same weights, on other batches, and leave the graph what it was."""
+    fields = {
+        **APART,
+        "validation.eval_interval": 4,
+        "validation.eval_tokens": 1024,
+        "data.split": "90,10,0",
+        "checkpoint.save_interval": 5,
+    }
+    one_by_one, replayed, rehearsal = run_both(tmp_path, write_short_documents(tmp_path), **fields)
+    assert replayed == one_by_one
+    held_out = losses(tmp_path / "replayed", "validation")
+    assert held_out == losses(tmp_path / "launched", "validation") and len(held_out) == 1
+    assert (tmp_path / "replayed" / "checkpoints" / "step_0000005").is_dir()
+    assert (rehearsal.recorded_at, rehearsal.replayed) == ([3], STEPS - 2)
+
+
+def test_another_number_of_micro_batches(tmp_path: Path) -> None:
+    one_by_one, replayed, rehearsal = run_both(tmp_path, write_dataset(tmp_path), **RAMP)
+    assert replayed == one_by_one and rehearsal.micro_batches == [2, 4]
+    assert rehearsal.recorded_at == [3, 7], "the larger batch warms up, too"
 
 
 def test_more_documents_than_there_was_room_for(
@@ -102,11 +74,10 @@ def test_more_documents_than_there_was_room_for(
 ) -> None:
     monkeypatch.setattr(graphed_schedule, "_LEAST_ROOM", 1)
     monkeypatch.setattr(graphed_schedule, "_room", lambda documents: documents)
-    prefix = write_short_documents(tmp_path)
     fields = {**APART, "training.seed": 7}  # the first batch has not the most documents
-    launched, replayed, again = run_both(tmp_path, prefix, monkeypatch, **fields)
-    assert replayed == launched
-    assert again.replayed < STEPS - 2, "each time it warms up again"
+    one_by_one, replayed, rehearsal = run_both(tmp_path, write_short_documents(tmp_path), **fields)
+    assert replayed == one_by_one
+    assert 0 < rehearsal.replayed < STEPS - 2, "each time it warms up again"
 
 
 def batch(*documents: int) -> Batch:
