@@ -1,15 +1,22 @@
-"""What holds for all tests: few threads, no network, and skips for what the machine lacks."""
+"""What holds for all tests: few threads, no network, no deadlines of Hypothesis, and skips for what
+the machine lacks."""
 
 import os
 import shutil
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported: tests share the cores, with each other and with the ranks they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here is downloaded; a test that tries must fail, not wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Over Hypothesis's own profile, by which the cases are always the same in continuous integration.
+# A slow machine is no fault of what is tested. (Programs that tests start do not see this.)
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 SLURM_COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch")
 

@@ -62,9 +62,10 @@ def run_ranks(module: str, world_size: int, *arguments: object, timeout: float =
 
 
 def free_port() -> int:
-    """Below those that Linux gives to whoever asks for any: the ranks take it seconds later."""
+    """Below those that Linux gives to whoever asks for any, as it is taken seconds later, and below
+    those of the private Slurm."""
     while True:
-        port = random.SystemRandom().randrange(12_000, 32_000)
+        port = random.SystemRandom().randrange(12_000, 30_000)
         with socket.socket() as free, suppress(OSError):
             free.bind(("127.0.0.1", port))
             return port

@@ -49,23 +49,32 @@ def killed_while_writing(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Forks a run of its own, kills it with SIGKILL while its writer writes; what is left."""
     import megatron.core.dist_checkpointing  # noqa: F401  (once, for the fork and for this process)
 
+    pid_file = folder.with_name("writer")  # outside: what is left inside is the run's alone
     run = os.fork()
     if run == 0:
-        run_with_slow_disk(config, folder)
-    writer = wait_for_writer(folder)
+        run_with_slow_disk(config, folder, pid_file)
+    writer = wait_for_writer(folder, pid_file)
     os.kill(run, signal.SIGKILL)
     os.waitpid(run, 0)
-    deadline = time.monotonic() + 5
-    while Path(f"/proc/{writer}").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while lives(writer) and time.monotonic() < deadline:
         time.sleep(0.02)
     return {
-        "writer lives": Path(f"/proc/{writer}").exists(),
+        "writer lives": lives(writer),
         "left": sorted(path.suffix or path.name for path in folder.iterdir()),
         "latest": (folder / "latest").read_text(),
     }
 
 
-def run_with_slow_disk(config: RunConfig, folder: Path) -> None:
+def lives(pid: int) -> bool:
+    """Whether it still does anything: where nobody asks for its end, a process stays a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def run_with_slow_disk(config: RunConfig, folder: Path, pid_file: Path) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     start(config)
@@ -77,7 +86,9 @@ def run_with_slow_disk(config: RunConfig, folder: Path) -> None:
     write = module._write_item
 
     def write_slowly(*args: Any, **kwargs: Any) -> Any:
-        (folder / "writer").write_text(str(os.getpid()))
+        beside = pid_file.with_name(f"writer.{os.getpid()}")
+        beside.write_text(str(os.getpid()))
+        beside.replace(pid_file)  # who reads it reads all of it
         time.sleep(0.5)
         return write(*args, **kwargs)
 
@@ -89,20 +100,17 @@ def run_with_slow_disk(config: RunConfig, folder: Path) -> None:
         time.sleep(0.01)
 
 
-def wait_for_writer(folder: Path) -> int:
+def wait_for_writer(folder: Path, pid_file: Path) -> int:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if list(folder.glob("*.writing/*.distcp")) and (folder / "writer").exists():
-            pid = int((folder / "writer").read_text())
-            (folder / "writer").unlink()
-            return pid
+        if list(folder.glob("*.writing/*.distcp")) and pid_file.exists():
+            return int(pid_file.read_text())
         time.sleep(0.01)
     raise TimeoutError("nothing was written")
 
 
 def restarted(config: RunConfig, folder: Path) -> dict[str, Any]:
     """The next start: what it says, what it goes on from, and whether that is the whole run."""
-    (folder / "writer").unlink(missing_ok=True)
     notices: list[str] = []
     store, whole, run = store_in(folder, notices), TinyRun(config), TinyRun(config)
     whole.train(3)

@@ -308,7 +308,9 @@ def test_a_kill_during_deletion_leaves_no_checkpoint(tmp_path):
 
 def test_a_kill_at_any_moment_leaves_a_good_latest(tmp_path):
     """A run that does nothing but publish and retire is killed, cleaned after and started again."""
+    began = time.monotonic()
     publish(tmp_path, 1)
+    usual = time.monotonic() - began
     moments, last = random.Random(7), 1
     for _ in range(25):
         run = os.fork()
@@ -316,7 +318,7 @@ def test_a_kill_at_any_moment_leaves_a_good_latest(tmp_path):
             for step in range(last + 1, last + 1000):
                 publish(tmp_path, step)
                 folder.remove(*folder.retire(tmp_path, 2, None))
-        time.sleep(moments.uniform(0.0, 0.1))
+        time.sleep(moments.uniform(0.0, max(0.1, 4 * usual)))
         os.kill(run, signal.SIGKILL)
         os.waitpid(run, 0)
 

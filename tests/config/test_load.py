@@ -224,7 +224,7 @@ configs = st.fixed_dictionaries(
 
 
 @given(configs)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dictionaries_json_and_yaml_give_the_same_configuration_back(config):
     assert from_dict(to_dict(config)) == config
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config

@@ -85,7 +85,7 @@ def test_cuts_are_kept_or_placed_evenly_on_block_boundaries(pattern, pipeline, v
     blocks=st.lists(st.sampled_from(["M-", "*-", "M*-", "MMF-"]), min_size=1, max_size=9),
     chunks=st.integers(1, 5),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_placed_cuts_are_the_most_even_ones(blocks, chunks):
     pattern = "".join(blocks)
     if len(blocks) < chunks:

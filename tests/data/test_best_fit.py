@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samba_megatron.config.data import DataConfig
@@ -31,7 +31,7 @@ def one_by_one(pieces: list[int], capacity: int) -> list[int]:
     return sorted(left)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(lengths=st.lists(st.integers(0, 70), max_size=60), sequence_length=st.integers(1, 40))
 def test_samples_are_those_of_placing_one_by_one(lengths, sequence_length):
     documents = np.arange(10, 10 + len(lengths), dtype=np.int32)
@@ -130,9 +130,7 @@ def test_a_run_that_goes_on_has_the_samples_of_the_uninterrupted_one(data):
         assert torch.equal(whole[index]["loss_mask"], resumed[index]["loss_mask"])
 
 
-@settings(
-    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 100))
 def test_padding_is_small_where_documents_vary(seed):
     """The usual case: a lognormal crowd of documents around a quarter of a sample."""

@@ -64,7 +64,7 @@ def phases(plan: Plan, samples: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return list(pairwise(sorted(borders)))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(plan=plans())
 def test_each_source_gives_its_samples_in_order_and_its_share_to_within_one(plan):
     samples = everything(plan, 400)
@@ -84,7 +84,7 @@ def test_each_source_gives_its_samples_in_order_and_its_share_to_within_one(plan
         assert limit is None or count <= limit
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(plan=plans(), cuts=st.lists(st.integers(0, 90), min_size=1, max_size=8))
 def test_a_resumed_blend_is_the_uninterrupted_one(plan, cuts):
     whole = everything(plan, sum(cuts))
@@ -102,7 +102,7 @@ def test_a_resumed_blend_is_the_uninterrupted_one(plan, cuts):
     assert found == whole
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data(), names=st.lists(st.sampled_from("abcdef"), min_size=1, unique=True))
 def test_a_blend_changed_at_will_repeats_and_loses_nothing(data, names):
     """Weights, stages, caps and the set of sources change at every resume."""
@@ -127,7 +127,7 @@ def test_a_blend_changed_at_will_repeats_and_loses_nothing(data, names):
         assert ledger["samples"] == sum(positions.values())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(plan=plans(), start=st.integers(0, 100), asked=st.lists(st.integers(0, 3000), max_size=12))
 def test_any_sample_can_be_asked_for(plan, start, asked):
     whole = everything(plan, 3001)
@@ -149,7 +149,7 @@ def test_any_sample_can_be_asked_for(plan, start, asked):
             assert order.position_at(sample).counts.tolist() == counts.tolist()
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(plan=plans(), end=st.integers(1, 600))
 def test_the_projection_is_what_happens(plan, end):
     samples = everything(plan, end)

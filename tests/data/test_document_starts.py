@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samba_megatron.config.data import DataConfig
@@ -73,7 +73,7 @@ def test_training_samples_say_where_documents_begin(sources, tmp_path):
     assert (found.sum(1) == 1).any() and (found.sum(1) > 3).any()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15)
 @given(st.lists(st.sampled_from([1, 2, LENGTH - 1, LENGTH, LENGTH + 1, LONG]), min_size=20))
 def test_held_out_blocks_say_where_documents_begin(tmp_path_factory, lengths):
     prefix = write(tmp_path_factory.mktemp("held_out") / "d", lengths)

@@ -45,7 +45,7 @@ def test_token_dtype_is_megatrons(vocab_size):
     assert token_dtype(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(documents=documents_strategy, vocab_size=st.sampled_from([60_001, 100_000]))
 def test_bytes_equal_megatrons_and_read_back(documents, vocab_size, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")

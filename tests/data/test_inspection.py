@@ -63,7 +63,7 @@ def test_a_whole_dataset(prefix):
     assert not any("hash" in text for text in inspect_dataset(prefix, read_tokens=False).checked)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=40))
 def test_counts_are_right(tmp_path_factory, lengths):
     lengths[0] = max(lengths[0], 1)

@@ -36,7 +36,7 @@ def first_token(sizes: np.ndarray, place: int, offset: int) -> tuple[int, int]:
     return place, offset
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @example(lengths=[0, 31], part=(0.0, 1.0), sequence_length=2, epoch=0)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(lambda n: sum(n) > 30),

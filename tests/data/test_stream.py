@@ -63,7 +63,7 @@ def expected_steps(sizes: list[int], consumed: int = 0) -> list[list[int]]:
     return [list(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     dp=st.sampled_from([1, 2, 4]),
     micro=st.sampled_from([1, 2, 3]),
@@ -101,7 +101,7 @@ def test_batches_have_the_training_loops_form():
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)

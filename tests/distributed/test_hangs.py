@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 from samba_megatron.tracking import ledger
 from tests.distributed.test_faults import command_line, wait_for
 from tests.distributed.toy import ROOT, toy_config, write_dataset
+from tests.ranks import free_port
 
 
 def start_ranks(
@@ -27,10 +27,7 @@ def start_ranks(
         fault: rank, step and kind of the fault.
         config: fields of the run.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [
         sys.executable,
         str(ROOT / "tests" / "distributed" / "faulty_rank.py"),
@@ -73,13 +70,13 @@ def end_all(processes: "list[subprocess.Popen[str]]", seconds: float) -> list[st
 def test_the_ranks_that_hang_are_named(tmp_path: Path) -> None:
     """Of four ranks one sleeps in Python and another one is stopped: code 78 and a report."""
     run_dir = tmp_path / "run"
-    fields: dict[str, Any] = {"faults.hang_timeout_minutes": 0.15, "checkpoint.save_interval": 2}
+    fields: dict[str, Any] = {"faults.hang_timeout_minutes": 0.4, "checkpoint.save_interval": 2}
     config = toy_config(write_dataset(tmp_path), run_dir, **fields)
     processes = start_ranks(4, (1, 5, "hang"), config)
     wait_for(processes[0], run_dir / "hangs", "now")
-    time.sleep(1)  # until the others wait for rank 1
+    time.sleep(3)  # until the others wait for rank 1
     processes[3].send_signal(signal.SIGSTOP)
-    errors = end_all([processes[n] for n in (0, 1, 2)], 60)
+    errors = end_all([processes[n] for n in (0, 1, 2)], 240)
     processes[3].kill()
     processes[3].communicate()
     assert [process.returncode for process in processes[:3]] == [78] * 3, errors
@@ -111,8 +108,9 @@ def test_a_rank_that_raises_ends_all_and_is_the_cause(tmp_path: Path) -> None:
     }))  # fmt: skip
     wait_for(processes[0], run_dir / "metrics.jsonl", '"train"')
     started = time.monotonic()
-    errors = end_all(processes, 60)
-    assert time.monotonic() - started < 30
+    errors = end_all(processes, 120)
+    # A failed rank that waits for its peers is ended after a minute: nothing waited for that.
+    assert time.monotonic() - started < 55
     assert all(process.returncode == 1 for process in processes), errors
     assert "this rank's data are broken" in errors[2]
     (failure,) = ledger.read(run_dir, "failure")

@@ -64,6 +64,7 @@ def drawn() -> list[Packing | None]:
 
     @settings(
         max_examples=PACKINGS,
+        deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=[HealthCheck.too_slow],

@@ -88,7 +88,7 @@ def test_a_packed_document_is_the_document_alone():
             torch.randint(0, VOCABULARY, shape, generator=generator) for _ in range(2)
         )
 
-        @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+        @settings(max_examples=8, derandomize=True, database=None)
         @given(packings())
         def hold(packing: Packing) -> None:
             start = packing.document_start()

@@ -1,13 +1,12 @@
 """Runs a test's comparison in Triton's interpreter, which runs kernels on CPU tensors."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.compiling import environment
+from tests.ranks import ROOT
 
 
 def interpret(module: str, *arguments: str) -> None:
@@ -16,8 +15,11 @@ def interpret(module: str, *arguments: str) -> None:
     pytest.importorskip("triton")
     listed = ", ".join(map(repr, arguments))
     code = f"from {module} import compare; compare({listed}); print('compared')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment() | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert result.stdout == "compared\n", result.stderr

@@ -54,7 +54,7 @@ def test_reference_is_a_padded_conv1d(length, width):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     length=st.integers(1, 40),
     batch=st.integers(1, 3),

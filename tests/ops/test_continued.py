@@ -57,7 +57,7 @@ def reset_at(starts: list[tuple[int, int]] | None) -> Tensor | None:
     return reset
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(**CASES)
 def test_convolution(number: int, starts: list[tuple[int, int]] | None) -> None:
     inputs = {
@@ -77,7 +77,7 @@ def test_convolution(number: int, starts: list[tuple[int, int]] | None) -> None:
     assert_near(run(continued, inputs), run(causal_conv1d, inputs, reset=reset), 1e-12)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(**CASES)
 def test_scan(number: int, starts: list[tuple[int, int]] | None) -> None:
     inputs = {
@@ -102,7 +102,7 @@ def test_scan(number: int, starts: list[tuple[int, int]] | None) -> None:
     assert_near(run(continued, inputs), run(whole, inputs), 1e-12)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(window=st.sampled_from([1, 2, 5, 13, 40, None]), **CASES)
 def test_attention(number: int, starts: list[tuple[int, int]] | None, window: int | None) -> None:
     inputs = {

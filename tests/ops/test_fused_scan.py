@@ -211,7 +211,7 @@ def test_two_blocks_share_a_multiprocessor_of_hopper():
     assert 2 * (Variant(2, 16).shared_bytes("scan_backward") + 1024) <= 228 * 1024
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     length=st.integers(1, 3000) | st.integers(1, 2**20),
     batch=st.integers(1, 40),

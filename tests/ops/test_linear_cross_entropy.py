@@ -44,7 +44,7 @@ def run(inputs: Inputs, factor: float = 1.7, **options: Any) -> Inputs:
     return {"total": total.detach(), "losses": losses, **gradients}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(1, 7), st.integers(1, 3)),
     width=st.integers(1, 6),

@@ -105,7 +105,7 @@ def test_reference_applies_bias_softplus_skip_and_gate():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(
     length=st.sampled_from(EDGES) | st.integers(1, 70),
     batch=st.integers(1, 3),

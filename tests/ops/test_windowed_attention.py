@@ -72,7 +72,7 @@ def test_reference_attends_to_the_window_latest_keys_of_its_group(window, docume
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(
     length=st.sampled_from([1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5]) | st.integers(1, 300),
     halo=st.sampled_from([0, 0, 1, 40, BLOCK, 200]),
@@ -201,7 +201,7 @@ def varlen_kernel(
     return torch.cat(outputs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     length=st.integers(1, 40),
     halo=st.sampled_from([0, 0, 1, 9]),

@@ -47,6 +47,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,bf_resolu
 PriorityType=priority/basic
 GresTypes=gpu
 ReturnToService=2
+MessageTimeout=60
+TCPTimeout=20
 MailProg=/bin/true
 """
 
@@ -61,12 +63,10 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
-KillWait=10
+KillWait=30
 MinJobAge=3600
-SlurmdTimeout=10
+SlurmdTimeout=30
 SlurmctldTimeout=10
-MessageTimeout=10
-TCPTimeout=4
 {requeue_exit}
 FirstJobId={first_job}
 SrunPortRange={first_srun}-{last_srun}
@@ -107,7 +107,7 @@ class _Slurm:
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
         self.env |= {"SLURM_CONF": str(self.configuration), "PATH": SBIN}
 
-    def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
+    def run(self, *command: str, check: bool = True, timeout: float = 120) -> str:
         """Runs a Slurm command against this cluster; returns what it printed."""
         result = subprocess.run(
             command, env=self.env, capture_output=True, text=True, timeout=timeout
@@ -126,7 +126,7 @@ class _Slurm:
         munged += [f"--{option}={self.folder}/run/{file}" for option, file in files.items()]
         self.run(*munged, f"--log-file={self.folder}/log/munged.log")
         self.run("slurmctld", "-f", str(self.configuration))
-        self._wait(lambda: "UP" in self.run("scontrol", "ping", check=False), 20, "slurmctld")
+        self._wait(lambda: "UP" in self.run("scontrol", "ping", check=False), 120, "slurmctld")
 
     def _wait(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
@@ -215,7 +215,7 @@ class Cluster(_Slurm):
             self._start_controller()
             for node in self.nodes:
                 self.start_node(node)
-            self._wait(lambda: self.count("idle") == len(self.nodes), 20, "a node")
+            self._wait(lambda: self.count("idle") == len(self.nodes), 120, "a node")
         except BaseException:
             self.stop()
             raise

@@ -10,7 +10,7 @@ from typing import Any
 from tests.slurm.cluster import Cluster
 from tests.slurm.training import JobRun, default_site
 
-MANY_STEPS, FEW_STEPS = 70, 30
+MANY_STEPS, FEW_STEPS = 100, 30
 
 
 def many_ends(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
@@ -70,7 +70,7 @@ def cancelled(cluster: Cluster, folder: Path, prefix: str) -> JobRun:
     run.wait_for_step(2)
     cluster.run("scancel", str(run.jobs[0]))
     run.wait_for_end()
-    run.wait(run.ends, "end in the ledger", 30)
+    run.wait(run.ends, "end in the ledger", 120)
     return run
 
 

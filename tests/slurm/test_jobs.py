@@ -188,7 +188,8 @@ def test_scancel_saves(run: JobRun) -> None:
 def test_a_broken_rank_ends_all_and_a_crash_loop_is_held(run: JobRun) -> None:
     """The reason is the broken rank's, not its peers'; two ends without a checkpoint are enough."""
     assert run.ends() == [("bug", "requeue"), ("bug", "hold")], run.report()
-    assert float(run.notes["seconds"]) < 30
+    # A failed rank that waits for its peers is ended after a minute: nothing waited for that.
+    assert float(run.notes["seconds"]) < 55
     for end in run.events("job_end"):
         assert "rank 1 on n1: ValueError: this rank's data are broken" in end["reason"]
     (hold,) = run.events("hold")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,12 +72,12 @@ def test_what_crashes_or_hangs_costs_only_itself(tmp_path, monkeypatch):
     """An abort, a hang, a poisoned CUDA context; what follows is tried in a new process."""
     (tmp_path / "crashing.py").write_text(CRASHES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    first, abort, hang, fail, last = run_in_children("crashing", seconds=2)
+    first, abort, hang, fail, last = run_in_children("crashing", seconds=10)
     assert (first.state, last.state) == (State.OK, State.OK)
     assert first.found != last.found
     assert (abort.name, abort.state) == ("abort", State.BROKEN)
     assert "SIGABRT" in abort.found
-    assert (hang.name, hang.found) == ("hang", "no answer within 2 s")
+    assert hang.name == "hang" and re.fullmatch("no answer within 1[0-9] s", hang.found), hang
     assert fail.found == "RuntimeError: CUDA error: an illegal memory access"
 
 

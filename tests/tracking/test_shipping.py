@@ -18,15 +18,9 @@ from samba_megatron.tracking.metrics import MetricsFile
 from samba_megatron.tracking.mlflow_sink import MlflowSink
 from samba_megatron.tracking.sink import SinkUnavailable
 from tests.distributed.toy import ROOT, losses, toy_config, write_dataset
+from tests.ranks import free_port
 
 CONFIG = {"model": {"hidden_size": 64}, "data": {"data_path": ["a", "b"]}}
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 class Server:
@@ -164,8 +158,8 @@ def check_description(uri: str, run_dir: Path) -> None:
 
 
 def wait_until(true: Any) -> None:
-    """Half a minute at most."""
-    deadline = time.monotonic() + 60
+    """Four minutes at most."""
+    deadline = time.monotonic() + 240
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -224,14 +218,14 @@ def test_sent_again_is_held_once(tmp_path: Path) -> None:
     assert history(uri, run_dir, "train/loss") == [(step, 1 / step) for step in range(1, 21)]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_service_that_is_away_is_one_sentence(tmp_path: Path) -> None:
     """By hand, with little patience: what is not sent is named, and the remedy."""
     metrics = MetricsFile(tmp_path)
     write_steps(metrics, 1, 2)
     uri = f"http://127.0.0.1:{free_port()}"
     tried = ship(tmp_path, uri, options=["--patience", "0"])
-    output, _ = tried.communicate(timeout=50)
+    output, _ = tried.communicate(timeout=240)
     assert tried.returncode == 2
     assert f"error: {uri} was not reached" in output and "Traceback" not in output
 
@@ -239,7 +233,7 @@ def test_a_service_that_is_away_is_one_sentence(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     """One sentence."""
     tried = ship(tmp_path, "sqlite://")
-    output, _ = tried.communicate(timeout=50)
+    output, _ = tried.communicate(timeout=240)
     assert tried.returncode == 2 and "has no metrics.jsonl" in output
 
 

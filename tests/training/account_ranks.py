@@ -46,6 +46,8 @@ def main(folder: Path) -> None:
             found["bytes"] = gathered(real_bytes(config, run))
             if dtype == "fp32":
                 found["fp8"] = fp8_health(run)
+            found["seconds"] = [gathered(seconds) for seconds in times(run)]
+            if dtype == "fp32":
                 found["gradient fault"] = gradient_fault(run)
                 found["fault"] = fault(run)
             results[f"{name} {dtype}"] = found
@@ -59,17 +61,21 @@ def gathered(value: Any) -> list[Any]:
 
 
 def step(run: TinyRun) -> dict[str, Any]:
-    """One step, its layers' norms and its times."""
-    chunks = run.state.model
-    timers, norms = attach_timers(chunks), LayerNorms(chunks, 1)
+    """One step and its layers' norms."""
+    norms = LayerNorms(run.state.model, 1)
     layers: dict[str, Any] = {}
     with norms.watching(1):
         result = run.step(
             _micro_batches(0),
-            timers=timers,
             before_update=lambda: layers.update(norms.collect()),
         )
-    return {"grad_norm": result.grad_norm, "layers": layers, "seconds": gathered(result.seconds)}
+    return {"grad_norm": result.grad_norm, "layers": layers}
+
+
+def times(run: TinyRun) -> list[dict[str, float]]:
+    """The parts' seconds of each of three further steps."""
+    timers = attach_timers(run.state.model)
+    return [run.step(_micro_batches(0), timers=timers).seconds for _ in range(3)]
 
 
 def fp8_health(run: TinyRun) -> dict[str, Any]:

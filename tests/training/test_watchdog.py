@@ -5,11 +5,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from samba_megatron.config import RunConfig
 from samba_megatron.tracking import ledger
+from samba_megatron.training import watchdog
 from samba_megatron.training.endings import RunLog
 from samba_megatron.training.watchdog import Limits, Watchdog
 
@@ -44,7 +46,8 @@ def test_phases_and_steps_are_learned_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    time_by_tens = SimpleNamespace(monotonic=lambda: float(next(clock)))
+    monkeypatch.setattr(watchdog, "time", time_by_tens)  # the libraries' threads have the real one
     dog = Watchdog(RunLog(tmp_path, tmp_path), RunConfig(), rank=0)
     dog.step(1)
     dog.step(2)  # the first step has warmed up: it teaches nothing
@@ -67,7 +70,7 @@ folder, config = Path(sys.argv[1]), RunConfig()
 config.faults.hang_timeout_minutes = 2 / 60
 dog = Watchdog(RunLog(folder, folder), config, rank=0)
 dog.start(["n0"], "now")
-for step in range(1, 16):
+for step in range(1, 31):
     dog.step(step)
     (folder / "steps").write_text(str(step))
     time.sleep(1000 if str(step) == sys.argv[2] else 0.2)
@@ -75,17 +78,21 @@ dog.stop()
 """
 
 
-def run_program(folder: Path, sleeps_at: int) -> "subprocess.Popen[bytes]":
-    """Fifteen steps, at one of which it may fall asleep."""
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), str(sleeps_at)])
-    while not (folder / "steps").exists() or (folder / "steps").read_text() not in ("3", "4"):
+def start_program(folder: Path, sleeps_at: int) -> "subprocess.Popen[bytes]":
+    """Thirty steps, at one of which it may fall asleep."""
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), str(sleeps_at)])
+
+
+def wait_for_step_3(process: "subprocess.Popen[bytes]", steps: Path) -> None:
+    """Or a later one; the file is empty for a moment whenever it is written."""
+    while not steps.exists() or int(steps.read_text() or 0) < 3:
         assert process.poll() is None
         time.sleep(0.02)
-    return process
 
 
 def test_a_job_that_is_suspended_and_continued_does_not_hang(tmp_path: Path) -> None:
-    process = run_program(tmp_path, sleeps_at=0)
+    process = start_program(tmp_path, sleeps_at=0)
+    wait_for_step_3(process, tmp_path / "steps")
     process.send_signal(signal.SIGSTOP)
     time.sleep(4)
     process.send_signal(signal.SIGCONT)
@@ -94,7 +101,7 @@ def test_a_job_that_is_suspended_and_continued_does_not_hang(tmp_path: Path) -> 
 
 
 def test_a_single_rank_that_sleeps_is_its_own_culprit(tmp_path: Path) -> None:
-    assert run_program(tmp_path, sleeps_at=4).wait(60) == 78
+    assert start_program(tmp_path, sleeps_at=4).wait(60) == 78
     hang, end = ledger.read(tmp_path)
     assert hang["culprits"] == [{"rank": 0, "host": "n0"}]
     assert hang["seen"].startswith("step 4: no progress for ")

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from samba_megatron.checkpoint.huggingface.shipped import modeling_samba
 from tests.checkpoint.huggingface.test_modeling import PADDING, PATTERNS, build, tokens
+from tests.compiling import call_apart, must_compile
 
 LENGTH = 14
 
@@ -329,6 +330,14 @@ def test_other_kinds_of_cache_are_not_used() -> None:
 # Compilers
 
 
+def compile_and_compare(name: str) -> None:
+    model, ids = build(name), tokens(2, 4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), must_compile():
+        found = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(found, logits(model, ids, use_cache=False))
+
+
 @pytest.mark.parametrize("name", ["with full attention", "Mamba-SWA-MLP"])
 def test_export_and_compile(name: str) -> None:
     """The forward pass without padding is one graph."""
@@ -337,5 +346,5 @@ def test_export_and_compile(name: str) -> None:
     with torch.no_grad():
         exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
         torch.testing.assert_close(exported.module()(ids, use_cache=False).logits, expected)
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+    module = "tests.checkpoint.huggingface.test_as_transformers_expects"
+    call_apart(module, "compile_and_compare", name)

@@ -98,7 +98,7 @@ def test_the_number_allowed_is_of_all_shards_together(options, corpus):
 texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(texts=texts, noise=st.lists(st.binary(max_size=20), max_size=4), append_eod=st.booleans())
 def test_whatever_lies_between_the_good_lines_comes_back(
     texts, noise, append_eod, tokenizer_folder, tmp_path_factory

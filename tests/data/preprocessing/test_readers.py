@@ -39,7 +39,7 @@ line = st.binary(max_size=40) | st.text(max_size=20).map(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lines=st.lists(line, max_size=20),
     parts=st.integers(1, 12),
@@ -74,7 +74,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     value=st.fixed_dictionaries({}, optional={"text": json_values | st.text(), "more": json_values})
     | json_values,
