@@ -24,7 +24,7 @@ class DataConfig:
     """Folder for the dataset indices, shared by all ranks; beside the run when unset."""
 
     tokenizer: str | None = None
-    """Folder of the tokenizer the datasets were made with: checked against vocab_size."""
+    """Tokenizer the datasets were made with: compared with vocab_size and their manifests."""
 
     sequence_length: int = 4096
     """Tokens a sample."""

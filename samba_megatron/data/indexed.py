@@ -269,10 +269,12 @@ def _missing(prefix: str | Path, path: Path, error: OSError) -> str:
 
 def shards_remedy(prefix: str | Path) -> str | None:
     """What to give in place of the prefix of a corpus that became several datasets, if it did."""
-    blend = Path(f"{prefix}.blend.yaml")
-    if not blend.is_file():
+    if not idx_path(f"{prefix}_00000").is_file():
         return None
-    return f"it is a corpus of several datasets, give the blend file {blend} (data.blend_file)"
+    return (
+        f"it is a corpus of several datasets, give its blend file {prefix}.blend.yaml (a run takes "
+        "it in data.blend_file, or in data.valid_data_path)"
+    )
 
 
 def check_dataset(prefix: str | Path, vocab_size: int | None = None) -> IndexInfo:

@@ -5,6 +5,8 @@ other words later.
 """
 
 import contextlib
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from samba_megatron.config.data import DataConfig
@@ -14,7 +16,8 @@ from samba_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from samba_megatron.platform.errors import UserError
 
 _MOST_READ = 16
-"""The shards of a corpus are made alike: some tell for all, on a file system that may be slow."""
+"""Of a corpus: its shards are made alike, and some tell for all on a file system that is slow."""
+_SHARD = re.compile(r"_\d{5}$")
 
 
 def other_tokenizers(data: DataConfig) -> list[str]:
@@ -29,24 +32,31 @@ def other_tokenizers(data: DataConfig) -> list[str]:
     if not data.tokenizer:
         return []
     tokenizer = load_tokenizer(data.tokenizer)
-    blends = [training_blend(data)]
+    prefixes = training_blend(data).prefixes
     if data.valid_data_path:
-        blends.append(validation_blend(data.valid_data_path))
+        prefixes = [*prefixes, *validation_blend(data.valid_data_path).prefixes]
     found: dict[str, str] = {}
-    for blend in blends:
-        prefixes = blend.prefixes
-        for prefix in prefixes[:: max(1, -(-len(prefixes) // _MOST_READ))]:
-            made_with = _made_with(prefix)
-            identity = made_with.get("identity", tokenizer.identity)
-            if identity != tokenizer.identity:
-                found.setdefault(identity, _difference(prefix, made_with, tokenizer))
+    for prefix in _some_of_each_corpus(prefixes):
+        made_with = _made_with(prefix)
+        identity = made_with.get("identity", tokenizer.identity)
+        if identity != tokenizer.identity:
+            found.setdefault(identity, _difference(prefix, made_with, tokenizer))
     return list(found.values())
+
+
+def _some_of_each_corpus(prefixes: Iterable[str]) -> Iterator[str]:
+    corpora: dict[str, list[str]] = {}
+    for prefix in prefixes:
+        corpora.setdefault(_SHARD.sub("", prefix), []).append(prefix)
+    for shards in corpora.values():
+        yield from shards[:: max(1, -(-len(shards) // _MOST_READ))]
 
 
 def _made_with(prefix: str) -> dict[str, Any]:
     with contextlib.suppress(UserError):  # another version's, which training does not need
         manifest = read_manifest(prefix)
-        return manifest.tokenizer if manifest else {}
+        if manifest and isinstance(manifest.tokenizer, dict):
+            return manifest.tokenizer
     return {}
 
 

@@ -158,13 +158,25 @@ def _parse(file: Path, content: bytes) -> tuple[tokenizers.Tokenizer, str | None
         return _from_tiktoken(file), END_OF_DOCUMENT
     try:
         if file.suffix == ".model":
-            from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
-
-            return tokenizers.Tokenizer.from_str(sentencepiece_to_tokenizer_json(content)), "</s>"
+            return _from_sentencepiece(content), "</s>"
         return tokenizers.Tokenizer.from_buffer(content), None
     except Exception as error:  # the libraries raise plain Exception for every defect
         kind = "SentencePiece model" if file.suffix == ".model" else "Hugging Face tokenizer"
         raise UserError(f"{file} is not a {kind} that can be used: {error}") from error
+
+
+def _from_sentencepiece(content: bytes) -> tokenizers.Tokenizer:
+    """Turns a model into a Hugging Face tokenizer of the same tokens and, back, the same text."""
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+    from tokenizers import decoders
+
+    described = json.loads(sentencepiece_to_tokenizer_json(content))
+    backend = tokenizers.Tokenizer.from_str(json.dumps(described))
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if any(step["type"] == "Prepend" for step in described["normalizer"]["normalizers"]):
+        back.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(back)
+    return backend
 
 
 def _from_tiktoken(file: Path) -> tokenizers.Tokenizer:

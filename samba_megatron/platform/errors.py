@@ -24,11 +24,15 @@ class UserError(Exception):
 class ExitWith(Exception):
     """Ends a command with ``code`` after an orderly stop; ``reason`` is printed.
 
-    ``cause`` is one of the ledger's causes where the code alone does not tell it.
+    ``cause`` is one of the ledger's causes where the code alone does not tell it, ``bad_node`` the
+    node to start without.
     """
 
-    def __init__(self, code: ExitCode, reason: str, cause: str = "") -> None:
+    def __init__(
+        self, code: ExitCode, reason: str, cause: str = "", bad_node: str | None = None
+    ) -> None:
         super().__init__(reason)
+        self.bad_node = bad_node
         self.code = code
         self.reason = reason
         self.cause = cause

@@ -7,71 +7,83 @@ from typing import Any
 
 from samba_megatron.config import RunConfig
 from samba_megatron.platform import distributed
-from samba_megatron.platform.errors import UserError
+from samba_megatron.platform.errors import ExitWith, UserError
+from samba_megatron.platform.exits import ExitCode
 from samba_megatron.platform.hardware import node_name
+from samba_megatron.tracking.ledger import Cause
+
+Answer = tuple[dict[str, str], str, str]
+"""Of a rank: its kernels, its node, and why they cannot serve."""
 
 
-def agree_on_kernels(config: RunConfig, implementation: str) -> dict[str, str]:
+def agree_on_kernels(config: RunConfig) -> dict[str, str]:
     """:func:`chosen_kernels`, the same on every rank; every rank must call it.
 
     A node where a package does not load would build other layers: its parameters would lie
     elsewhere in the buffers that ranks add up.
 
     Raises:
-        UserError: a kernel cannot serve this run, or a rank takes another than most do.
+        UserError: a kernel cannot serve this run, or ranks on several nodes take others.
+        ExitWith: with code BAD_NODE, where it is one node of several.
     """
     own: dict[str, str] = {}
     refusal = ""
     try:
-        own = chosen_kernels(config, implementation)
+        own = chosen_kernels(config)
     except UserError as error:
         refusal = str(error)
     texts = distributed.gather_text(json.dumps([own, node_name(), refusal]))
-    if sentence := _disagreement([json.loads(text) for text in texts]):
-        raise UserError(sentence)
-    return own
+    answers: list[Answer] = [json.loads(text) for text in texts]
+    sentence, odd = _disagreement(answers)
+    if not sentence:
+        return own
+    nodes = {answers[rank][1] for rank in odd}
+    rest = {node for rank, (_, node, _) in enumerate(answers) if rank not in odd}
+    if len(nodes) == 1 and len(odd) < len(answers) / 2 and not nodes & rest:
+        raise ExitWith(ExitCode.BAD_NODE, sentence, Cause.BAD_NODE, nodes.pop())
+    raise UserError(sentence)
 
 
-def _disagreement(by_rank: Sequence[tuple[dict[str, str], str, str]]) -> str:
-    """What keeps ranks from running together, empty if nothing does.
-
-    Args:
-        by_rank: kernels, node, and why they cannot serve.
-    """
-    refusals = {rank: text for rank, (_, _, text) in enumerate(by_rank) if text}
-    if refusals:
-        rank, text = min(refusals.items())
-        where = f"rank {rank} on {by_rank[rank][1]}: " if len(refusals) < len(by_rank) else ""
-        return where + text
-    for name in sorted({name for kernels, _, _ in by_rank for name in kernels}):
-        taken = [kernels.get(name, "none") for kernels, _, _ in by_rank]
+def _disagreement(answers: Sequence[Answer]) -> tuple[str, list[int]]:
+    """What keeps ranks from running together (empty if nothing does), and the ranks it is about."""
+    refusing = [rank for rank, (_, _, refusal) in enumerate(answers) if refusal]
+    if refusing:
+        _, node, refusal = answers[refusing[0]]
+        where = f"rank {refusing[0]} on {node}: " if len(refusing) < len(answers) else ""
+        return where + refusal, refusing
+    # In the order in which they are chosen: what a lacking package changes first comes first.
+    for name in dict.fromkeys(name for kernels, _, _ in answers for name in kernels):
+        taken = [kernels.get(name, "none") for kernels, _, _ in answers]
         usual, _ = Counter(taken).most_common(1)[0]
-        odd = next((rank for rank, choice in enumerate(taken) if choice != usual), None)
-        if odd is not None:
-            return (
-                f"rank {odd} on {by_rank[odd][1]} would compute {name} by {taken[odd]}, and most "
-                f"ranks by {usual}: mend what that node lacks (make doctor there says it), or name "
-                "one that all have in the kernels group"
+        odd = [rank for rank, choice in enumerate(taken) if choice != usual]
+        if odd:
+            sentence = (
+                f"rank {odd[0]} on {answers[odd[0]][1]} has {name} {taken[odd[0]]}, and others "
+                f"have {usual}: mend what that node lacks (make doctor there says it), or choose "
+                "what all have"
             )
-    return ""
+            return sentence, odd
+    return "", []
 
 
-def chosen_kernels(config: RunConfig, implementation: str) -> dict[str, str]:
-    """Which implementation computes what on this rank.
+def chosen_kernels(config: RunConfig) -> dict[str, str]:
+    """Which implementation computes what on this rank: ``transformer_impl`` and the operations.
 
     Raises:
         UserError: a kernel that is named in the configuration cannot serve this run.
     """
+    from samba_megatron.model.backend import choose_implementation
     from samba_megatron.model.transformer_config import params_dtype
     from samba_megatron.training.optimizer import adam_implementation
 
-    precision = config.precision
+    device, precision = distributed.device_type(), config.precision
+    implementation = choose_implementation(config.kernels.transformer_impl, device)
     kernels = {
         "transformer_impl": implementation,
         "params_dtype": str(params_dtype(config)).removeprefix("torch."),
         "fp8": f"{precision.fp8} ({precision.fp8_recipe})" if precision.fp8 else "off",
         "adam": adam_implementation(),
-        "collectives": "nccl" if distributed.device_type() == "cuda" else "gloo",
+        "collectives": "nccl" if device == "cuda" else "gloo",
     }
     return kernels | _op_backends(config, implementation)
 

@@ -120,7 +120,7 @@ class RunLog:
             where=_last_place(error),
             step=self.step,
         )
-        self.end(code, cause, _sentence(error))
+        self.end(code, cause, _sentence(error), getattr(error, "bad_node", None))
 
     @contextmanager
     def failures_recorded(self) -> Iterator[None]:

@@ -88,13 +88,10 @@ def _end_in_any_case() -> None:
 
 def join_world(config: RunConfig) -> distributed.Rank:
     """Checks the configuration against the world that the launcher made, and joins it."""
-    from samba_megatron.model.backend import choose_implementation
-
     rank = distributed.Rank.from_environment()
     distributed.keep_queued_order(config.parallel)
     device_type, devices = distributed.available_devices()
     check_config(config, rank.world_size, device_type, devices, rank.local_world_size)
-    choose_implementation(config.kernels.transformer_impl, device_type)
     return distributed.initialize(config.parallel)
 
 

@@ -25,7 +25,6 @@ from samba_megatron.training.batches import BatchSchedule, RunLength, run_length
 if TYPE_CHECKING:
     from samba_megatron.data.samples import BlendedSamples
     from samba_megatron.data.stream import SampleDataset
-    from samba_megatron.model.backend import Implementation
 
 
 @dataclass
@@ -61,9 +60,9 @@ def set_up(config: RunConfig, rank: distributed.Rank, phases: dict[str, float]) 
     Raises:
         UserError: for everything that is wrong with the input, before long work begins.
     """
-    from samba_megatron.model.backend import choose_implementation
     from samba_megatron.training.chosen_kernels import agree_on_kernels
 
+    kernels = agree_on_kernels(config)
     _seed_everything(config)
     run_dir = Path(str(config.run_dir))
     console = RunConsole(run_dir, speaks=rank.rank == 0, progress=config.logging.progress)
@@ -75,11 +74,7 @@ def set_up(config: RunConfig, rank: distributed.Rank, phases: dict[str, float]) 
         samples = samples_to_build(config, length, saved.progress if consumed and saved else None)
         train, valid = build_data(config, samples, consumed)
     with timed(phases, "model"):
-        implementation = choose_implementation(
-            config.kernels.transformer_impl, distributed.device_type()
-        )
-        kernels = agree_on_kernels(config, implementation)
-        state = _build_state(config, length, implementation)
+        state = _build_state(config, length)
     state.progress = Progress(data_identity=identity, config=to_dict(config))
     run = Run(
         config,
@@ -230,9 +225,8 @@ def _validation_samples(config: RunConfig) -> int:
     return max(validation.eval_tokens // config.data.sequence_length, 1) if wanted else 0
 
 
-def _build_state(
-    config: RunConfig, length: RunLength, implementation: "Implementation"
-) -> TrainState:
+def _build_state(config: RunConfig, length: RunLength) -> TrainState:
+    from samba_megatron.model.backend import choose_implementation
     from samba_megatron.model.samba import build_model
     from samba_megatron.training.data_parallel import (
         configure_schedule,
@@ -241,6 +235,9 @@ def _build_state(
     )
     from samba_megatron.training.optimizer import build_optimizer, build_schedule
 
+    implementation = choose_implementation(
+        config.kernels.transformer_impl, distributed.device_type()
+    )
     chunks = wrap(build_model(config, implementation), config.parallel, config.precision)
     if config.kernels.gradient_accumulation_fusion:
         fuse_gradient_accumulation(chunks)

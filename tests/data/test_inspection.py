@@ -128,8 +128,8 @@ def test_documents_by_number(prefix):
 def test_a_missing_dataset_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match="does not exist: give the prefix"):
         inspect_dataset(str(tmp_path / "no"))
-    (tmp_path / "no.blend.yaml").write_text("")
-    with pytest.raises(UserError, match=r"give the blend file .*no.blend.yaml"):
+    (tmp_path / "no_00000.idx").touch()
+    with pytest.raises(UserError, match=r"give its blend file .*no.blend.yaml"):
         inspect_dataset(str(tmp_path / "no"))
 
 

@@ -1,5 +1,6 @@
 """Datasets that another tokenizer made are named before a run trains on them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -52,5 +53,22 @@ def test_of_many_shards_some_tell_and_the_prefix_of_all_leads_to_the_blend(
     data = DataConfig(blend_file=[f"{prefix}.blend.yaml"], tokenizer=str(other))
     assert f"{prefix}_00000 was made with another" in other_tokenizers(data)[0]
     for open_it in (check_dataset, inspect_dataset):
-        with pytest.raises(UserError, match=rf"give the blend file {prefix}\.blend\.yaml"):
+        with pytest.raises(UserError, match=rf"give its blend file {prefix}\.blend\.yaml"):
             open_it(prefix)
+
+
+def test_the_one_among_many_shards_is_found(dataset, tokenizer_folder, tmp_path):
+    """Only manifests are read: the shards need not be there."""
+    manifest = json.loads(Path(f"{dataset}.manifest.json").read_text())
+    shards = [str(tmp_path / f"many_{number:05}") for number in range(100)]
+    for prefix in shards:
+        Path(f"{prefix}.manifest.json").write_text(json.dumps(manifest))
+    manifest["tokenizer"]["identity"] = "0" * 64
+    odd = str(tmp_path / "odd")
+    Path(f"{odd}.manifest.json").write_text(json.dumps(manifest))
+    data = DataConfig(data_path=[*shards, odd], tokenizer=str(tokenizer_folder))
+    (found,) = other_tokenizers(data)
+    assert found.startswith(f"{odd} was made with")
+    manifest["tokenizer"] = None
+    Path(f"{odd}.manifest.json").write_text(json.dumps(manifest))
+    assert other_tokenizers(data) == []

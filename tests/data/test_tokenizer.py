@@ -141,6 +141,8 @@ def test_a_sentencepiece_model_gives_its_own_tokens(sentencepiece_model, corpus)
         assert (loaded.eod, loaded.vocab_size) == (theirs.eos_id(), theirs.vocab_size())
     for text in islice(read_texts([corpus / "validation.jsonl"], "text"), 20):
         assert loaded.encode(text) == theirs.encode(text)
+        assert loaded.decode(loaded.encode(text)) == theirs.decode(theirs.encode(text))
+    assert loaded.decode(loaded.encode("48213 é")) == "48213 é"
     assert choose_engine(loaded, []) == (Engine.GIGATOKEN, None)
 
 
@@ -159,6 +161,7 @@ def test_any_kind_of_file_becomes_a_folder_of_an_export(
         for text in texts:
             ids = original.encode(text)
             assert theirs.encode(text, add_special_tokens=False) == again.encode(text) == ids
+            assert theirs.decode(ids) == again.decode(ids) == text
 
 
 @pytest.fixture(scope="module")

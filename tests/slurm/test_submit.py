@@ -226,10 +226,13 @@ def test_the_prefix_of_a_corpus_in_shards_leads_to_its_blend_file(
     submit: Submit, tmp_path: Path, prefix: str
 ) -> None:
     blend = write_blend(tmp_path / "blends", prefix)
-    blend.rename(tmp_path / "blends" / "all.blend.yaml")
-    options = options_of(tmp_path, prefix, **{"data.data_path": tmp_path / "blends" / "all"})
+    corpus = tmp_path / "blends" / "all"
+    blend.rename(f"{corpus}.blend.yaml")
+    options = options_of(tmp_path, prefix, **{"data.data_path": corpus})
+    assert "check the path" in submit(options, "--dry-run").mistake, "of one dataset, which is lost"
+    Path(f"{corpus}_00000.idx").touch()
     mistake = submit(options, "--dry-run").mistake
-    assert f"give the blend file {tmp_path}/blends/all.blend.yaml (data.blend_file)" in mistake
+    assert f"give its blend file {corpus}.blend.yaml (a run takes it in data.blend_file" in mistake
 
 
 def test_a_run_without_a_tokenizer_is_told_what_its_exports_will_lack(

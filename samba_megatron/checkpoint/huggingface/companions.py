@@ -43,7 +43,7 @@ class TokenizerFiles:
     """``bos_token_id``, ``eos_token_id`` and ``pad_token_id``."""
 
     def copy_to(self, target: Path) -> None:
-        """Copies the folder's files; what came from another kind of file is written as one."""
+        """Copies the folder's files; a tokenizer of another kind of file is written as a folder."""
         if self.tokenizer is None:
             return
         path = self.tokenizer.path

@@ -78,9 +78,9 @@ def export(options: ExportOptions, notice: Callable[[str], None]) -> ExportRepor
     source = CheckpointSource(options.checkpoint)
     for text in source.notices:
         notice(text)
-    tokenizer = companions.find_tokenizer(source, options.tokenizer)
+    files = companions.find_tokenizer(source, options.tokenizer)
     beyond = beyond_fla(source.config.model)
-    if tokenizer.tokenizer is None:
+    if files.tokenizer is None:
         notice("the checkpoint names no tokenizer and --tokenizer gave none: exported without one")
     if beyond:
         notice(
@@ -92,7 +92,7 @@ def export(options: ExportOptions, notice: Callable[[str], None]) -> ExportRepor
         size, seconds = _write_weights(source, folder, dtype, options.shard_bytes)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         name = str(dtype).removeprefix("torch.")
-        _write_companions(source, folder, name, tokenizer, beyond)
+        _write_companions(source, folder, name, files, beyond)
         report = parity.compare(source.path, folder, name, options.compare, notice)
         _write_json(folder / REPORT, report)
         notice(parity.summary(report))
@@ -139,16 +139,16 @@ def _write_companions(
     source: CheckpointSource,
     folder: Path,
     dtype: str,
-    tokenizer: companions.TokenizerFiles,
+    files: companions.TokenizerFiles,
     beyond: list[str],
 ) -> None:
     config = source.config
-    fields = to_fields(config.model, config.data.sequence_length, tokenizer.ids)
+    fields = to_fields(config.model, config.data.sequence_length, files.ids)
     # transformers 4 reads torch_dtype, 5 dtype; 4.57 both.
     _write_json(folder / "config.json", {**fields, "dtype": dtype, "torch_dtype": dtype})
-    _write_json(folder / "generation_config.json", companions.generation_config(tokenizer.ids))
+    _write_json(folder / "generation_config.json", companions.generation_config(files.ids))
     (folder / "README.md").write_text(companions.model_card(source, dtype, beyond))
-    tokenizer.copy_to(folder)
+    files.copy_to(folder)
     companions.copy_code(folder)
 
 
