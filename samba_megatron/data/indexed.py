@@ -14,6 +14,7 @@ both files at once. Only numpy is needed.
 import fcntl
 import hashlib
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -267,9 +268,19 @@ def _missing(prefix: str | Path, path: Path, error: OSError) -> str:
     return f"cannot read {path} ({error.strerror}): {remedy}"
 
 
+def shard_prefix(prefix: str | Path, number: int) -> str:
+    """Of one dataset of a corpus that became several."""
+    return f"{prefix}_{number:05d}"
+
+
+def corpus_of(prefix: str) -> str:
+    """The prefix of the corpus that a shard is of; a dataset's own where it is none."""
+    return re.sub(r"_\d{5}$", "", prefix)
+
+
 def shards_remedy(prefix: str | Path) -> str | None:
     """What to give in place of the prefix of a corpus that became several datasets, if it did."""
-    if not idx_path(f"{prefix}_00000").is_file():
+    if not idx_path(shard_prefix(prefix, 0)).is_file():
         return None
     return (
         f"it is a corpus of several datasets, give its blend file {prefix}.blend.yaml (a run takes "

@@ -5,19 +5,18 @@ other words later.
 """
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from samba_megatron.config.data import DataConfig
 from samba_megatron.data.blend import training_blend, validation_blend
+from samba_megatron.data.indexed import corpus_of
 from samba_megatron.data.manifest import read_manifest
 from samba_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from samba_megatron.platform.errors import UserError
 
 _MOST_READ = 16
 """Of a corpus: its shards are made alike, and some tell for all on a file system that is slow."""
-_SHARD = re.compile(r"_\d{5}$")
 
 
 def other_tokenizers(data: DataConfig) -> list[str]:
@@ -47,7 +46,7 @@ def other_tokenizers(data: DataConfig) -> list[str]:
 def _some_of_each_corpus(prefixes: Iterable[str]) -> Iterator[str]:
     corpora: dict[str, list[str]] = {}
     for prefix in prefixes:
-        corpora.setdefault(_SHARD.sub("", prefix), []).append(prefix)
+        corpora.setdefault(corpus_of(prefix), []).append(prefix)
     for shards in corpora.values():
         yield from shards[:: max(1, -(-len(shards) // _MOST_READ))]
 

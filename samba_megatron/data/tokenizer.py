@@ -170,10 +170,12 @@ def _from_sentencepiece(content: bytes) -> tokenizers.Tokenizer:
     from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
     from tokenizers import decoders
 
-    described = json.loads(sentencepiece_to_tokenizer_json(content))
-    backend = tokenizers.Tokenizer.from_str(json.dumps(described))
+    described = sentencepiece_to_tokenizer_json(content)
+    backend = tokenizers.Tokenizer.from_str(described)
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if any(step["type"] == "Prepend" for step in described["normalizer"]["normalizers"]):
+    if any(
+        step["type"] == "Prepend" for step in json.loads(described)["normalizer"]["normalizers"]
+    ):
         back.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(back)
     return backend

@@ -163,8 +163,11 @@ def _identify_data(
     from samba_megatron.data.identity import dataset_identity
     from samba_megatron.data.made_with import other_tokenizers
 
-    identity = on_first_rank(lambda: dataset_identity(config.data, config.training.seed))
-    for notice in on_first_rank(lambda: other_tokenizers(config.data)):
+    data, seed = config.data, config.training.seed
+    identity, notices = on_first_rank(
+        lambda: (dataset_identity(data, seed), other_tokenizers(data))
+    )
+    for notice in notices:
         console.warn(notice)
     _compare_with_saved(config, saved, identity, console)
     if saved is None or _takes_weights_only(config, saved):
@@ -210,10 +213,11 @@ def build_data(
     from samba_megatron.data.tokenizer import load_tokenizer
 
     data, seed, vocab_size = config.data, config.training.seed, config.model.vocab_size
-    if data.tokenizer and load_tokenizer(data.tokenizer).vocab_size > vocab_size:
+    tokens = load_tokenizer(data.tokenizer).vocab_size if data.tokenizer else 0
+    if tokens > vocab_size:
         raise UserError(
-            f"the tokenizer {data.tokenizer} has {load_tokenizer(data.tokenizer).vocab_size} "
-            f"tokens, more than model.vocab_size {vocab_size}: raise model.vocab_size"
+            f"the tokenizer {data.tokenizer} has {tokens} tokens, more than model.vocab_size "
+            f"{vocab_size}: raise model.vocab_size"
         )
     from_split = 0 if data.valid_data_path else _validation_samples(config)
     return build_train_and_valid(data, samples, from_split, seed, vocab_size, consumed)

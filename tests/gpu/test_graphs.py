@@ -8,6 +8,7 @@ import torch
 
 from tests.distributed.toy import launch, losses, toy_config, write_short_documents
 from tests.gpu.test_backends import BF16, CHUNKED, FP8, LOCAL, OWN_NORM, OWN_ROTARY, WIDE
+from tests.training.rehearsal import GRAPHED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,11 +16,6 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-GRAPH = {
-    "kernels.cuda_graph_impl": "full_iteration",
-    "parallel.overlap_grad_reduce": False,
-    "parallel.overlap_param_gather": False,
-}
 APART = {"data.reset_at_document_boundaries": True}
 VALIDATED = {
     "validation.eval_interval": 5,
@@ -66,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
         }
         for kind, fields in KINDS.items()
-        for how, more in (("launched", {}), ("replayed", GRAPH))
+        for how, more in (("launched", {}), ("replayed", GRAPHED))
     ]
     launch(1, specs, folder)
     return folder

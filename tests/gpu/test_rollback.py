@@ -10,6 +10,7 @@ from samba_megatron.tracking import ledger
 from tests.distributed.test_spikes import samples_of
 from tests.distributed.toy import launch, losses, toy_config, write_dataset
 from tests.gpu.test_backends import BF16, WIDE
+from tests.training.rehearsal import GRAPHED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,16 +20,11 @@ pytestmark = [
 FP8: dict[str, Any] = {**BF16, "precision.fp8": "hybrid"}
 DELAYED: dict[str, Any] = {**FP8, "precision.fp8_recipe": "delayed"}
 KEPT: dict[str, Any] = {"precision.fp8_param_gather": True}
-GRAPH: dict[str, Any] = {
-    "kernels.cuda_graph_impl": "full_iteration",
-    "parallel.overlap_grad_reduce": False,
-    "parallel.overlap_param_gather": False,
-}
 KINDS = {
-    "bf16_graph": {**BF16, **GRAPH},
+    "bf16_graph": {**BF16, **GRAPHED},
     "delayed": DELAYED,
     "delayed_kept": {**DELAYED, **KEPT},
-    "delayed_graph": {**DELAYED, **GRAPH},
+    "delayed_graph": {**DELAYED, **GRAPHED},
     "tensorwise_kept": {**FP8, **KEPT},
 }
 

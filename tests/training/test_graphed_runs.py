@@ -14,11 +14,10 @@ from samba_megatron.data.stream import SampleStream
 from samba_megatron.platform.exits import ExitCode
 from samba_megatron.tracking import ledger
 from tests.distributed import run_on_bad_data
+from tests.distributed.test_spikes import BATCH, samples_of
 from tests.distributed.toy import losses, toy_config, write_dataset
 from tests.ranks import run_ranks
 from tests.training.rehearsal import launched, rehearsed
-
-BATCH = 8
 
 
 def write_documents(folder: Path) -> str:
@@ -31,16 +30,12 @@ def write_documents(folder: Path) -> str:
     return prefix
 
 
-def samples_of(*steps: int) -> set[int]:
-    return {sample for step in steps for sample in range((step - 1) * BATCH, step * BATCH)}
-
-
 def test_bad_data_and_a_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 5 is not a number, 11 and 12 are outliers: back to 8, and recorded anew from there."""
     monkeypatch.setattr(SampleStream, "_read", SampleStream._read)  # as it was, afterwards
     run_on_bad_data.break_samples(SampleStream)
     monkeypatch.setitem(run_on_bad_data.BAD, "nan", {5 * BATCH - 1})
-    monkeypatch.setitem(run_on_bad_data.BAD, "absurd", samples_of(11, 12))
+    monkeypatch.setitem(run_on_bad_data.BAD, "absurd", set(samples_of(11, 12)))
     prefix = write_dataset(tmp_path)
     fields: dict[str, Any] = {
         "training.train_steps": 16,

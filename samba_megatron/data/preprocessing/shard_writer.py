@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from samba_megatron.data.indexed import IndexedWriter, bin_path, idx_path, token_dtype
+from samba_megatron.data.indexed import (
+    IndexedWriter,
+    bin_path,
+    idx_path,
+    shard_prefix,
+    token_dtype,
+)
 from samba_megatron.data.jsonl import Defect
 from samba_megatron.data.manifest import (
     DatasetRecord,
@@ -54,8 +60,8 @@ class Job:
         if len(self.shards) == 1:
             return base
         if self.options.merge:
-            return str(self.workspace.folder / "datasets" / f"{split}_{shard:05d}")
-        return f"{base}_{shard:05d}"
+            return shard_prefix(self.workspace.folder / "datasets" / split, shard)
+        return shard_prefix(base, shard)
 
     @property
     def splits(self) -> list[str]:
